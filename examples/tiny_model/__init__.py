@@ -1,0 +1,1 @@
+"""The parts of `examples/train_tiny_model.py`: corpus, tokenizer, model, training, sampling, export."""

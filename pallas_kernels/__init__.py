@@ -1,0 +1,23 @@
+"""GPU kernels for LLM serving behind a small typed API. Imports jax and numpy only; see README.md for layouts.
+
+Importing this package never imports Pallas: Mosaic GPU kernels are loaded when they are first asked for.
+"""
+
+from __future__ import annotations
+
+from pallas_kernels.implementation import IMPLEMENTATIONS, default_implementation, padded_head_dim
+from pallas_kernels.kv_write.api import write_kv
+from pallas_kernels.ragged_paged_attention.api import ragged_paged_attention
+from pallas_kernels.ragged_paged_attention.plan import AttentionPlan, plan_attention
+from pallas_kernels.sampling_truncation.api import truncate_logits
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "AttentionPlan",
+    "default_implementation",
+    "padded_head_dim",
+    "plan_attention",
+    "ragged_paged_attention",
+    "truncate_logits",
+    "write_kv",
+]

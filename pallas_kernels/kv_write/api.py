@@ -1,0 +1,71 @@
+"""Writing a step's keys and values into the paged KV cache."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.implementation import (
+    MOSAIC_GPU_INTERPRET,
+    XLA,
+    check_mosaic_cache,
+    checked_implementation,
+    default_implementation,
+)
+from pallas_kernels.kv_write import xla
+from pallas_kernels.validation import check_array, check_caches
+
+
+def write_kv(
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    slots: jax.Array,
+    *,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Writes token t's key and value at slots[t] = block_id * block_size + offset; a negative slot skips the token.
+
+    In place when the caller donates the caches: the compiled step holds no copy, convert or transpose of a cache
+    (on the CPU for float32 caches; XLA's CPU scatter of bfloat16 converts the whole cache). Slots that are written
+    must be distinct and below num_blocks * block_size.
+
+    Args:
+        k_cache: [num_blocks, KVH, block_size, D].
+        v_cache: Like k_cache.
+        k: [T, KVH, D], converted to the dtype of the cache.
+        v: Like k.
+        slots: i32[T].
+        implementation: One of IMPLEMENTATIONS; None takes the default for the device.
+
+    Returns:
+        The new (k_cache, v_cache).
+
+    Raises:
+        ValueError: A shape or dtype is wrong.
+        NotImplementedError: The implementation cannot serve this head dim or dtype; "xla" can.
+    """
+    check_caches(k_cache, v_cache)
+    _, num_kv_heads, _, head_dim = k_cache.shape
+    check_array("slots", slots, (None,), jnp.int32)
+    check_array("k", k, (slots.shape[0], num_kv_heads, head_dim))
+    check_array("v", v, k.shape, k.dtype)
+    if implementation is None:
+        implementation = default_implementation(k_cache.dtype, head_dim)
+    if checked_implementation(implementation) != XLA:
+        check_mosaic_cache(k_cache.dtype, head_dim)
+    return _write_kv(k_cache, v_cache, k, v, slots, implementation=implementation)
+
+
+@functools.partial(jax.jit, static_argnames=("implementation",))
+def _write_kv(
+    k_cache: jax.Array, v_cache: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array, *, implementation: str
+) -> tuple[jax.Array, jax.Array]:
+    if implementation == XLA:
+        return xla.write_kv(k_cache, v_cache, k, v, slots)
+    from pallas_kernels.kv_write import mosaic_gpu
+
+    return mosaic_gpu.write_kv(k_cache, v_cache, k, v, slots, interpret=implementation == MOSAIC_GPU_INTERPRET)

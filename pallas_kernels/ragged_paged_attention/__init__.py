@@ -1,0 +1,1 @@
+"""Causal attention of a ragged batch of tokens over a paged KV cache."""

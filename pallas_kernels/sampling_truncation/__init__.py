@@ -1,0 +1,1 @@
+"""min-p, top-k and top-p truncation of logits without a sort."""

@@ -1,0 +1,41 @@
+"""Greedy ids equal Hugging Face's in float32, for every supported architecture and rope variant."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.models.checkpoints import CHECKPOINTS, VOCAB_SIZE, hf_greedy, make_checkpoint
+from vjax import LLM, SamplingParams
+
+pytest.importorskip("torch", reason="Hugging Face in torch is the oracle")
+
+NUM_TOKENS = 64
+PROMPT_LENGTHS = (1, 2, 15, 16, 17, 33, 64, 100, 300)
+
+
+def _prompts() -> list[list[int]]:
+    rng = np.random.default_rng(7)
+    return [rng.integers(3, VOCAB_SIZE, n).tolist() for n in PROMPT_LENGTHS]
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_greedy_ids_equal_hugging_face(name, tmp_path_factory):
+    path = make_checkpoint(name, tmp_path_factory.getbasetemp() / "checkpoints")
+    prompts = [{"prompt_token_ids": p} for p in _prompts()]
+    params = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    with LLM(
+        path,
+        skip_tokenizer_init=True,
+        dtype="float32",
+        max_model_len=400,
+        max_num_seqs=16,
+        max_num_batched_tokens=256,
+        kv_cache_memory_bytes=32 << 20,
+    ) as llm:
+        batched = llm.generate(prompts, params, use_tqdm=False)
+        alone = [llm.generate(p, params, use_tqdm=False)[0] for p in prompts[::4]]
+    for prompt, output in zip(_prompts(), batched, strict=True):
+        assert output.outputs[0].token_ids == hf_greedy(path, prompt, NUM_TOKENS), f"prompt of {len(prompt)}"
+    for one, many in zip(alone, batched[::4], strict=True):
+        assert one.outputs[0].token_ids == many.outputs[0].token_ids

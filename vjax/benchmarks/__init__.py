@@ -1,0 +1,1 @@
+"""Benchmarks on the public parts of the product; `vjax bench --help` lists them."""

@@ -1,0 +1,81 @@
+"""The host's own work per step: schedule, pack, update. No device and no model: a step's tokens are made up.
+
+Detokenisation and output building are not in it; they overlap with the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections import deque
+
+from vjax.config.cache import CacheConfig
+from vjax.config.scheduler import SchedulerConfig
+from vjax.messages import EngineRequest, SchedulerOutput, StepOutput
+from vjax.runner.buckets import Buckets
+from vjax.runner.packing import PackedLayout
+from vjax.sampling_params import SamplingParams
+from vjax.scheduler.factory import make_scheduler
+
+BLOCK_SIZE = 16
+PROMPT_LEN = 512
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num-seqs", type=int, nargs="+", default=[64, 256, 1024], help="running requests")
+    parser.add_argument("--steps", type=int, default=256, help="measured decode steps")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints one JSON line per number of running requests, times in ms (median over the steps)."""
+    for num_seqs in args.num_seqs:
+        print(json.dumps(measure(num_seqs, args.steps)), flush=True)
+    return 0
+
+
+def measure(num_seqs: int, num_steps: int) -> dict[str, float | int | str]:
+    """Median milliseconds per decode step of each part, at `num_seqs` running requests, scheduling one step ahead."""
+    max_model_len = PROMPT_LEN + num_steps + 64
+    blocks = num_seqs * (max_model_len // BLOCK_SIZE + 2) + 1
+    scheduler = make_scheduler(
+        SchedulerConfig(
+            max_num_seqs=num_seqs,
+            max_num_batched_tokens=16384,
+            max_model_len=max_model_len,
+            enable_chunked_prefill=True,
+            async_scheduling=True,
+        ),
+        CacheConfig(block_size=BLOCK_SIZE, num_gpu_blocks=blocks, enable_prefix_caching=True),
+    )
+    buckets = Buckets.build(max_num_batched_tokens=16384, max_num_seqs=num_seqs, platform="gpu")
+    layouts = {b: PackedLayout.for_bucket(b, BLOCK_SIZE) for b in (*buckets.decode, *buckets.mixed)}
+    params = SamplingParams(temperature=0.0, max_tokens=num_steps + 32, ignore_eos=True, detokenize=False)
+    for i in range(num_seqs):
+        prompt = [(i * 7919 + j * 31) % 32000 for j in range(PROMPT_LEN)]
+        scheduler.add(EngineRequest(f"r{i}", prompt, params, None, float(i)))
+
+    in_flight: deque[SchedulerOutput] = deque()
+    times: dict[str, list[float]] = {"schedule": [], "pack": [], "update": [], "total": []}
+    while len(times["total"]) < num_steps:
+        t0 = time.perf_counter()
+        scheduled = scheduler.schedule()
+        t1 = time.perf_counter()
+        bucket = buckets.forward_candidates(scheduled.num_tokens, len(scheduled.rows))[0]
+        layouts[bucket].pack(scheduled)
+        in_flight.append(scheduled)
+        t2 = t3 = time.perf_counter()
+        if len(in_flight) > 1:
+            oldest = in_flight.popleft()
+            tokens = [(oldest.step_id * 13 + i) % 32000 for i in range(oldest.num_sampled)]
+            t2b = time.perf_counter()
+            scheduler.update(oldest, StepOutput(oldest.step_id, tokens))
+            t3 = time.perf_counter()
+            if scheduled.num_tokens == len(oldest.rows) == num_seqs:
+                parts = (t1 - t0, t2 - t1, t3 - t2b)
+                for name, seconds in zip(("schedule", "pack", "update", "total"), (*parts, sum(parts)), strict=True):
+                    times[name].append(seconds * 1e3)
+    medians = {f"{name}_ms": round(statistics.median(values), 4) for name, values in times.items()}
+    p99 = sorted(times["total"])[int(0.99 * (len(times["total"]) - 1))]
+    return {"bench": "host", "num_seqs": num_seqs, "steps": num_steps, **medians, "total_p99_ms": round(p99, 4)}

@@ -1,0 +1,280 @@
+"""Arguments of an engine: names, defaults and meaning as in vLLM's `LLM`."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vjax import envs
+from vjax.config import checks, vllm_args
+from vjax.config.cache import CacheConfig
+from vjax.config.engine_config import EngineConfig, LoadConfig, ModelConfig
+from vjax.config.generation import resolve_generation
+from vjax.config.resolve import (
+    DTYPE_ALIASES,
+    DTYPES,
+    resolve_async_scheduling,
+    resolve_batch_limits,
+    resolve_dtype,
+    resolve_max_model_len,
+    warn_if_slow,
+)
+from vjax.config.scheduler import SchedulerConfig, SchedulingPolicy
+from vjax.errors import ConfigError
+from vjax.log import logger
+
+BLOCK_SIZES = (16, 32, 64, 128)
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
+
+_log = logger("config")
+
+
+@dataclass
+class EngineArgs:
+    """What the user asks for. None means that `resolve` chooses.
+
+    Raises:
+        ConfigError: Values are out of their domains; the text names all of them.
+    """
+
+    #: Directory, hub id, or "vjax-tiny", the model that comes with the package.
+    model: str = "vjax-tiny"
+    #: Directory or hub id; None is the model's own.
+    tokenizer: str | None = None
+    #: Load no tokenizer: prompts are token ids, outputs have no text.
+    skip_tokenizer_init: bool = False
+    #: "auto", "float32", "bfloat16" or "float16" ("float" and "half" are accepted too).
+    dtype: str = "auto"
+    #: None: drawn from the system's entropy.
+    seed: int | None = 0
+    #: Prompt and output tokens of one request together; None is what the model's positions cover.
+    max_model_len: int | None = None
+    #: "auto", "safetensors" or "dummy" (random weights).
+    load_format: str = "auto"
+    revision: str | None = None
+    download_dir: str | None = None
+    #: "auto": the model's generation_config.json; "vllm": none; else a path.
+    generation_config: str = "auto"
+    #: Entries that replace those of generation_config.json.
+    override_generation_config: dict[str, Any] | None = None
+    #: Tokens per KV block: 16, 32, 64 or 128.
+    block_size: int = 16
+    #: Fraction of the GPU's memory for weights, temporaries and KV together, in (0, 1].
+    gpu_memory_utilization: float = 0.92
+    #: Bytes for the KV cache; overrides gpu_memory_utilization. None on the CPU means 1 GiB.
+    kv_cache_memory_bytes: int | None = None
+    #: Number of KV blocks with the null block, whatever the memory says; at least 2.
+    num_gpu_blocks_override: int | None = None
+    #: None: on in V1, off in V0.
+    enable_prefix_caching: bool | None = None
+    #: None: on in V1, off in V0.
+    enable_chunked_prefill: bool | None = None
+    #: Token budget of a step. None: 16384 (GPUs of 70 GiB or more), 8192 (other GPUs), 2048 (CPU); at least
+    #: max_model_len without chunked prefill.
+    max_num_batched_tokens: int | None = None
+    #: Sequences that run at the same time. None: 1024 (V1, GPUs of 70 GiB or more), 256 (other GPUs, V0), 64 (CPU).
+    max_num_seqs: int | None = None
+    #: Most tokens of one sequence in a step that others want a share of; 0 is no limit.
+    long_prefill_token_threshold: int = 0
+    #: "fcfs" or "priority".
+    scheduling_policy: SchedulingPolicy = "fcfs"
+    #: None: on in V1; V0 cannot.
+    async_scheduling: bool | None = None
+    #: Keep no metrics and log no throughput.
+    disable_log_stats: bool = True
+    #: None: the variables VJAX_USE_V1, then VLLM_USE_V1, else V1.
+    use_v1: bool | None = None
+
+    def __post_init__(self) -> None:
+        values, problems = check_fields({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+        raise_problems(problems)
+        for name, value in values.items():
+            setattr(self, name, value)
+
+    @classmethod
+    def from_kwargs(cls, **kwargs: Any) -> EngineArgs:
+        """Builds arguments from the keywords of vLLM's `LLM`.
+
+        Those that change nothing here are accepted with one line of log.
+
+        Raises:
+            ConfigError: Names are unknown, or values are refused; the text names all of them.
+        """
+        fields, ignored, problems = split_arguments(kwargs)
+        raise_problems(problems)
+        if ignored:
+            shown = ", ".join(f"{name}={value!r}" for name, value in ignored.items())
+            _log.info("accepted without effect: %s", shown)
+        return cls(**fields)
+
+    def resolve(
+        self,
+        arch: Any,
+        *,
+        platform: str,
+        device_memory_bytes: int | None = None,
+        hf_config: Mapping[str, Any] | None = None,
+        generation_config: Mapping[str, Any] | None = None,
+        use_v1: bool | None = None,
+    ) -> EngineConfig:
+        """Chooses every value that is still open.
+
+        Args:
+            arch: Has max_position_embeddings, max_context_len (with rope scaling), torch_dtype and eos_token_ids.
+            platform: "cpu" or "gpu".
+            device_memory_bytes: Memory of the GPU; None is treated as small.
+            hf_config: config.json; its eos_token_id is used where `arch` has none.
+            generation_config: Content of the model's generation_config.json, if it has one.
+            use_v1: Mode where the argument `use_v1` leaves it open; None asks the environment.
+
+        Raises:
+            ConfigError: Arguments contradict each other or the model.
+        """
+        assert platform in ("cpu", "gpu"), platform
+        self.__post_init__()
+        if self.use_v1 is not None:
+            use_v1 = self.use_v1
+        elif use_v1 is None:
+            use_v1 = envs.use_v1()
+        model = self._resolve_model(arch, platform, hf_config or {}, generation_config)
+        limits = resolve_batch_limits(self, model.max_model_len, platform, device_memory_bytes, use_v1)
+        caching = use_v1 if self.enable_prefix_caching is None else self.enable_prefix_caching
+        return EngineConfig(
+            model=model,
+            cache=CacheConfig(
+                block_size=self.block_size,
+                gpu_memory_utilization=self.gpu_memory_utilization,
+                kv_cache_memory_bytes=self.kv_cache_memory_bytes,
+                num_gpu_blocks_override=self.num_gpu_blocks_override,
+                enable_prefix_caching=caching,
+            ),
+            scheduler=SchedulerConfig(
+                max_num_seqs=limits.max_num_seqs,
+                max_num_batched_tokens=limits.max_num_batched_tokens,
+                max_model_len=model.max_model_len,
+                enable_chunked_prefill=limits.enable_chunked_prefill,
+                long_prefill_token_threshold=self.long_prefill_token_threshold,
+                policy=self.scheduling_policy,
+                async_scheduling=resolve_async_scheduling(self.async_scheduling, use_v1),
+                static_batch=not use_v1,
+            ),
+            load=LoadConfig(self.load_format, self.revision, self.download_dir),
+            disable_log_stats=self.disable_log_stats,
+            use_v1=use_v1,
+        )
+
+    def _resolve_model(
+        self, arch: Any, platform: str, hf_config: Mapping[str, Any], generation_config: Mapping[str, Any] | None
+    ) -> ModelConfig:
+        dtype = resolve_dtype(self.dtype, arch.torch_dtype, platform)
+        warn_if_slow(dtype, platform)
+        defaults = resolve_generation(
+            self.generation_config, self.override_generation_config, generation_config, _eos_token_ids(arch, hf_config)
+        )
+        return ModelConfig(
+            model=self.model,
+            tokenizer=self.tokenizer or self.model,
+            skip_tokenizer_init=self.skip_tokenizer_init,
+            dtype=dtype,
+            seed=secrets.randbits(31) if self.seed is None else self.seed,
+            max_model_len=resolve_max_model_len(self.max_model_len, arch),
+            default_sampling_params=defaults.sampling_params,
+            generation_eos_token_ids=defaults.eos_token_ids,
+        )
+
+
+def _eos_token_ids(arch: Any, hf_config: Mapping[str, Any]) -> tuple[int, ...]:
+    ids = arch.eos_token_ids
+    if not ids:
+        value = hf_config.get("eos_token_id")
+        ids = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    return tuple(ids)
+
+
+def _dtype(value: Any) -> str:
+    """Accepts a name or anything that has one, such as jnp.bfloat16, np.float32 or torch.bfloat16."""
+    named = value if isinstance(value, str) else getattr(value, "name", None) or getattr(value, "__name__", None)
+    name = str(named or value).removeprefix("torch.")
+    return checks.choice("auto", *DTYPES, *DTYPE_ALIASES)(name)
+
+
+def _max_model_len(value: Any) -> int:
+    if value in (-1, "auto"):
+        raise checks.Refused("is not supported: the length is not fitted to the memory; pass a number or leave it out")
+    return checks.integer(2)(value)
+
+
+_optional_bool = checks.optional(checks.boolean)
+_optional_count = checks.optional(checks.integer(1))
+
+#: Field of EngineArgs -> its check.
+CHECKS: dict[str, checks.Check] = {
+    "model": checks.path,
+    "tokenizer": checks.optional(checks.path),
+    "skip_tokenizer_init": checks.boolean,
+    "dtype": _dtype,
+    "seed": checks.optional(checks.integer(0, 2**63 - 1)),
+    "max_model_len": checks.optional(_max_model_len),
+    "load_format": checks.choice(*LOAD_FORMATS),
+    "revision": checks.optional(checks.text),
+    "download_dir": checks.optional(checks.path),
+    "generation_config": checks.path,
+    "override_generation_config": checks.optional(checks.mapping),
+    "block_size": checks.choice(*BLOCK_SIZES),
+    "gpu_memory_utilization": checks.fraction,
+    "kv_cache_memory_bytes": _optional_count,
+    "num_gpu_blocks_override": checks.optional(checks.integer(2)),
+    "enable_prefix_caching": _optional_bool,
+    "enable_chunked_prefill": _optional_bool,
+    "max_num_batched_tokens": _optional_count,
+    "max_num_seqs": _optional_count,
+    "long_prefill_token_threshold": checks.integer(0),
+    "scheduling_policy": checks.choice("fcfs", "priority"),
+    "async_scheduling": _optional_bool,
+    "disable_log_stats": checks.boolean,
+    "use_v1": _optional_bool,
+}
+
+
+def split_arguments(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+    """Sorts keywords into fields of EngineArgs (converted), vLLM arguments without effect, and problems by name."""
+    ignored: dict[str, Any] = {}
+    problems: dict[str, str] = {}
+    for name, value in kwargs.items():
+        if name in CHECKS:
+            continue
+        if name not in vllm_args.KNOWN:
+            problems[name] = f"unknown argument {name!r}: {checks.did_you_mean(name, _by_relevance())}"
+        elif reason := vllm_args.refusal(name, value):
+            problems[name] = f"{name}={value!r} {reason}"
+        else:
+            ignored[name] = value
+    fields, refused = check_fields({name: value for name, value in kwargs.items() if name in CHECKS})
+    return fields, ignored, problems | refused
+
+
+def check_fields(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Converted values, and problems by name."""
+    good: dict[str, Any] = {}
+    problems: dict[str, str] = {}
+    for name, value in values.items():
+        try:
+            good[name] = CHECKS[name](value)
+        except checks.Refused as e:
+            problems[name] = f"{name}={value!r} {e}"
+    return good, problems
+
+
+def raise_problems(problems: Mapping[str, str]) -> None:
+    """Raises: ConfigError that lists the problems, if there are any."""
+    if not problems:
+        return
+    text = "; ".join(problems.values())
+    raise ConfigError(f"{text}.", parameter=next(iter(problems)) if len(problems) == 1 else None)
+
+
+def _by_relevance() -> list[str]:
+    return [*CHECKS, *sorted(vllm_args.KNOWN)]

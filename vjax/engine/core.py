@@ -1,0 +1,100 @@
+"""The engine core: the one place that sees both the scheduler and the runner.
+
+It knows token ids only: no text, no stop strings, no outputs in a user's shape.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from vjax.errors import EngineStepError
+from vjax.log import logger
+from vjax.messages import EngineOutput, EngineRequest, SchedulerOutput
+from vjax.runner.runner import ModelRunner, StepHandle
+from vjax.scheduler.scheduler import Scheduler
+
+log = logger(__name__)
+
+
+class EngineCore:
+    """Schedules, executes, updates.
+
+    Args:
+        scheduler: Decides what runs; owns requests and KV blocks.
+        runner: Runs it; owns the device.
+        async_scheduling: Dispatch step N+1 before the tokens of step N are on the host.
+    """
+
+    def __init__(self, scheduler: Scheduler, runner: ModelRunner, *, async_scheduling: bool):
+        self.scheduler = scheduler
+        self.runner = runner
+        self._in_flight: deque[tuple[SchedulerOutput, StepHandle]] = deque()
+        self.step = self._step_overlapped if async_scheduling else self._step
+
+    def _step(self) -> list[EngineOutput]:
+        """One step, start to end."""
+        scheduled = self.scheduler.schedule()
+        if not scheduled.rows:
+            return []
+        try:
+            output = self._execute(scheduled).result()
+        except EngineStepError as e:
+            return self._recover([scheduled], e)
+        return self.scheduler.update(scheduled, output)
+
+    def _step_overlapped(self) -> list[EngineOutput]:
+        """The same, with the next step on the device while the host waits for this one: outputs come one step late."""
+        scheduled = self.scheduler.schedule()
+        try:
+            if scheduled.rows:
+                self._in_flight.append((scheduled, self._execute(scheduled)))
+                if len(self._in_flight) == 1:
+                    return []
+            if not self._in_flight:
+                return []
+            oldest, handle = self._in_flight[0]
+            output = handle.result()
+        except EngineStepError as e:
+            lost = [s for s, _ in self._in_flight]
+            if scheduled.rows and scheduled not in lost:
+                lost.append(scheduled)
+            return self._recover(lost, e)
+        self._in_flight.popleft()
+        return self.scheduler.update(oldest, output)
+
+    def _execute(self, scheduled: SchedulerOutput) -> StepHandle:
+        try:
+            return self.runner.execute(scheduled)
+        except EngineStepError:
+            raise
+        except BaseException:
+            # Nothing reached the device: the requests stay as they were.
+            self.scheduler.unschedule(scheduled)
+            raise
+
+    def _recover(self, lost: list[SchedulerOutput], error: EngineStepError) -> list[EngineOutput]:
+        """The device failed: the first lost step's requests end with an error, every other one starts over."""
+        log.error("%s; its requests fail, the KV cache is rebuilt and the engine goes on", error)
+        self._in_flight.clear()
+        self.runner.reset()
+        return self.scheduler.fail_step(lost, str(error))
+
+    def add_request(self, request: EngineRequest) -> None:
+        self.scheduler.add(request)
+
+    def abort_requests(self, request_ids: Sequence[str]) -> list[str]:
+        """Ends requests at once; returns the ids that were alive."""
+        return self.scheduler.abort(request_ids)
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
+        """Forgets every cached block; False while a request holds blocks."""
+        return self.scheduler.reset_prefix_cache(reset_running_requests)
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        return self.scheduler.has_unfinished_requests
+
+    def shutdown(self) -> None:
+        self._in_flight.clear()
+        self.runner.shutdown()

@@ -1,0 +1,174 @@
+"""The engine as a user steps it: requests in, `RequestOutput`s out. One implementation for V0 and V1.
+
+    add_request -> InputProcessor -> EngineCore -> OutputProcessor -> step's return value
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vjax.config.engine_args import EngineArgs
+from vjax.config.engine_config import EngineConfig
+from vjax.engine.builder import build_engine
+from vjax.engine.input_processor import InputProcessor
+from vjax.engine.interrupt import DeferInterrupt
+from vjax.engine.output_processor import OutputProcessor
+from vjax.errors import VjaxValidationError
+from vjax.metrics import EngineMetrics, Metric
+from vjax.outputs import RequestOutput
+from vjax.sampling_params import SamplingParams
+from vjax.text.tokenizer import Tokenizer, load_tokenizer
+
+
+class BaseLLMEngine:
+    """An engine in the mode that `args.use_v1` says (None: the mode of the class, else of the environment).
+
+    Raises:
+        ConfigError, ModelLoadError, OutOfMemoryError: All ValueErrors; see `build_engine`.
+    """
+
+    #: The mode of the class; None leaves it to the arguments and the environment.
+    use_v1: bool | None = None
+
+    def __init__(self, args: EngineArgs):
+        if args.use_v1 is None and self.use_v1 is not None:
+            args = dataclasses.replace(args, use_v1=self.use_v1)
+        built = build_engine(args)
+        self._core = built.core
+        self.config: EngineConfig = built.config
+        self.tokenizer: Tokenizer | None = None
+        if not args.skip_tokenizer_init:
+            self.tokenizer = load_tokenizer(args.tokenizer or built.model_dir, model_dir=built.model_dir)
+        self._inputs = InputProcessor(
+            built.config,
+            vocab_size=built.arch.vocab_size,
+            tokenizer=self.tokenizer,
+            eos_token_ids=built.arch.eos_token_ids,
+        )
+        self._outputs = OutputProcessor(self.tokenizer, log_stats=not args.disable_log_stats)
+        self._metrics = EngineMetrics()
+        self._log_stats = not args.disable_log_stats
+        self._undelivered: list[RequestOutput] = []
+
+    @classmethod
+    def from_engine_args(cls, args: EngineArgs) -> BaseLLMEngine:
+        return cls(args)
+
+    # ---- requests -----------------------------------------------------------------------------------------------
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: str | Mapping[str, Any] | Sequence[int],
+        params: SamplingParams,
+        arrival_time: float | None = None,
+        *,
+        priority: int = 0,
+    ) -> None:
+        """Accepts one prompt; `step` will deliver its outputs under `request_id`.
+
+        Args:
+            request_id: Unique among unfinished requests.
+            prompt: Text, token ids, or a mapping with "prompt" or "prompt_token_ids" and optionally "cache_salt".
+            params: Sampling parameters; n > 1 becomes n sequences that share the prompt's KV.
+            arrival_time: Seconds, `time.monotonic` by default.
+            priority: Lower runs first under scheduling_policy="priority".
+
+        Raises:
+            VjaxValidationError: The request can never run; nothing of it stays behind.
+        """
+        if self._outputs.has_request(request_id):
+            raise VjaxValidationError(
+                f"request_id {request_id!r} is in use by an unfinished request; choose another or abort that one first.",
+                parameter="request_id",
+                value=request_id,
+            )
+        processed = self._inputs.process(
+            request_id, prompt, params, priority=priority, arrival_time=arrival_time or time.monotonic()
+        )
+        added: list[str] = []
+        try:
+            for request in processed.requests:
+                self._core.add_request(request)
+                added.append(request.request_id)
+        except VjaxValidationError:
+            self._core.abort_requests(added)
+            raise
+        self._outputs.add_request(processed)
+
+    def abort_request(self, request_ids: str | Sequence[str]) -> None:
+        """Ends requests; unknown and finished ids are ignored."""
+        ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
+        self._core.abort_requests(self._outputs.abort(ids))
+
+    def step(self) -> list[RequestOutput]:
+        """One step of the engine.
+
+        Returns:
+            What is to be handed out now, as each request's output_kind asks; empty lists are normal.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C arrived; the engine is intact and the step's outputs come with the next call.
+        """
+        with DeferInterrupt():
+            self._undelivered += self._step()
+        outputs, self._undelivered = self._undelivered, []
+        return outputs
+
+    def _step(self) -> list[RequestOutput]:
+        core_outputs = self._core.step()
+        request_outputs, to_abort = self._outputs.process(core_outputs)
+        if to_abort:
+            self._core.abort_requests(to_abort)
+        if self._log_stats:
+            self._metrics.record(self._core.scheduler.stats(), core_outputs)
+        return request_outputs
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._undelivered) or self._core.has_unfinished_requests
+
+    def get_num_unfinished_requests(self) -> int:
+        return self._outputs.num_unfinished
+
+    # ---- the rest -----------------------------------------------------------------------------------------------
+
+    def get_tokenizer(self) -> Tokenizer:
+        """Raises: VjaxValidationError when the engine was built with skip_tokenizer_init=True."""
+        if self.tokenizer is None:
+            raise VjaxValidationError("There is no tokenizer: the engine was created with skip_tokenizer_init=True.")
+        return self.tokenizer
+
+    def get_metrics(self) -> list[Metric]:
+        """Counters, gauges and histograms under vLLM's names with the prefix "vjax:".
+
+        Raises:
+            VjaxValidationError: The engine was created with disable_log_stats=True.
+        """
+        if not self._log_stats:
+            raise VjaxValidationError("Metrics are off: create the engine with disable_log_stats=False.")
+        return self._metrics.snapshot(self._core.scheduler.stats())
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """vLLM's defaults, overridden by the model's generation_config.json."""
+        return self._inputs.default_sampling_params()
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
+        """Forgets all cached prefixes; False (with a warning) while requests hold blocks."""
+        return self._core.reset_prefix_cache(reset_running_requests)
+
+    def warm_up(self) -> None:
+        """Compiles everything that any step may need, so that serving never waits for the compiler."""
+        self._core.runner.executables.wait()
+        self._core.runner.executables.compile_all()
+
+    @property
+    def num_compilations_while_serving(self) -> int:
+        """Compilations that a step had to wait for."""
+        return self._core.runner.executables.num_compilations_while_serving
+
+    def shutdown(self) -> None:
+        """Frees the device arrays. The engine cannot be used afterwards."""
+        self._core.shutdown()

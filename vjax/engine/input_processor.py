@@ -1,0 +1,244 @@
+"""Prompts to engine requests: tokenises, checks, fills in what the user left open, and expands n > 1.
+
+prompt + SamplingParams -> ProcessedRequest(text, ids, params, [EngineRequest, ...])
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vjax.config.engine_config import EngineConfig
+from vjax.errors import VjaxValidationError
+from vjax.messages import EngineRequest
+from vjax.sampling_params import SamplingParams
+from vjax.text.tokenizer import Tokenizer
+
+#: EOS and stop ids that a device row can mask while min_tokens is not reached.
+MAX_MASKED_TOKEN_IDS = 64
+_PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
+_PROMPT_FORMS = 'a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": [...]}'
+
+
+@dataclass(slots=True)
+class ProcessedRequest:
+    """One prompt, ready for the engine core."""
+
+    request_id: str
+    #: None where only token ids were given.
+    prompt: str | None
+    prompt_token_ids: list[int]
+    #: As given, with every open value filled in; n as the user set it.
+    params: SamplingParams
+    #: One per completion, in the order of their index.
+    requests: list[EngineRequest]
+    #: Monotonic seconds.
+    arrival_time: float
+
+
+class InputProcessor:
+    """Turns what a user passes into requests that the engine core can run without further checks."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        vocab_size: int,
+        tokenizer: Tokenizer | None,
+        eos_token_ids: Sequence[int] = (),
+    ):
+        """
+        Args:
+            vocab_size: Rows of the model's embedding: ids must be below it.
+            tokenizer: None: prompts must be token ids.
+            eos_token_ids: The model's own, from config.json. The first one is used where there is no tokenizer, or the
+                tokenizer has no EOS.
+        """
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._max_model_len = config.model.max_model_len
+        self._defaults = config.model.default_sampling_params
+        eos = tokenizer.eos_token_id if tokenizer is not None else None
+        if eos is None and eos_token_ids:
+            eos = eos_token_ids[0]
+        self.eos_token_id: int | None = eos
+        self._extra_eos_token_ids = tuple(i for i in config.model.generation_eos_token_ids if i != eos)
+        # Seeds of requests that bring none: reproducible for equal calls on engines of equal seed.
+        self._seeds = random.Random(config.model.seed)
+
+    def default_sampling_params(self) -> SamplingParams:
+        """What a call without sampling parameters uses: generation_config.json's values over vLLM's defaults."""
+        return SamplingParams(**self._defaults)
+
+    def process(
+        self,
+        request_id: str,
+        prompt: str | Mapping[str, Any] | Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        arrival_time: float = 0.0,
+    ) -> ProcessedRequest:
+        """Checks and completes one prompt.
+
+        Args:
+            prompt: Text, token ids, or a mapping with "prompt" (text) and/or "prompt_token_ids" (which win), and
+                optionally "cache_salt" (only prompts of the same salt share cached KV).
+            priority: Lower runs first, with scheduling_policy="priority".
+            arrival_time: Monotonic seconds.
+
+        Raises:
+            VjaxValidationError: The prompt is empty, too long or out of the vocabulary, or the parameters do not fit.
+        """
+        if not isinstance(params, SamplingParams):
+            raise _error("sampling_params", params, f"is a {type(params).__name__}; pass a SamplingParams")
+        if not isinstance(priority, int):
+            raise _error("priority", priority, "must be an integer; lower runs first")
+        text, token_ids, salt = self._parse(prompt)
+        self._check_length(token_ids)
+        complete = self._complete_params(params, len(token_ids))
+        requests = [
+            EngineRequest(
+                request_id=child_id,
+                prompt_token_ids=token_ids,
+                sampling_params=child_params,
+                eos_token_id=None if complete.ignore_eos else self.eos_token_id,
+                arrival_time=arrival_time,
+                priority=priority,
+                cache_salt=salt,
+            )
+            for child_id, child_params in _expand(request_id, complete)
+        ]
+        return ProcessedRequest(request_id, text, token_ids, complete, requests, arrival_time)
+
+    # ---- prompts --------------------------------------------------------------------------------------------------
+
+    def _parse(self, prompt: Any) -> tuple[str | None, list[int], str | None]:
+        """Text (None if only ids were given), token ids and cache salt."""
+        if isinstance(prompt, str):
+            return prompt, self._encode(prompt), None
+        if not isinstance(prompt, Mapping):
+            return None, self._token_ids(prompt), None
+        for key, value in prompt.items():
+            if key not in _PROMPT_KEYS and value is not None:
+                raise _error("prompt", prompt, f"has the key {key!r}; only {', '.join(_PROMPT_KEYS)} are supported")
+        text, token_ids, salt = (prompt.get(key) for key in _PROMPT_KEYS)
+        if salt is not None and not (isinstance(salt, str) and salt):
+            raise _error("cache_salt", salt, "must be a non-empty string; leave it out to share cached prefixes freely")
+        if text is not None and not isinstance(text, str):
+            raise _error("prompt", text, f"must be a text; it is a {type(text).__name__}")
+        if token_ids is not None:
+            return text, self._token_ids(token_ids), salt
+        if text is None:
+            raise _error("prompt", prompt, f"has neither a prompt nor prompt_token_ids; pass {_PROMPT_FORMS}")
+        return text, self._encode(text), salt
+
+    def _encode(self, text: str) -> list[int]:
+        if self._tokenizer is None:
+            raise _error(
+                "prompt",
+                text,
+                "is a text, but the engine was created with skip_tokenizer_init=True and has no tokenizer; pass "
+                '{"prompt_token_ids": [...]}, or create the engine with skip_tokenizer_init=False',
+            )
+        if not text:
+            raise _empty(text)
+        return self._token_ids(self._tokenizer.encode(text))
+
+    def _token_ids(self, value: Any) -> list[int]:
+        if hasattr(value, "tolist"):  # numpy
+            value = value.tolist()
+        if not isinstance(value, (list, tuple, range)):
+            raise _error("prompt", value, f"is a {type(value).__name__}; pass {_PROMPT_FORMS}")
+        ids = list(value)
+        if not ids:
+            raise _empty(value)
+        if set(map(type, ids)) != {int}:
+            wrong = next(i for i in ids if type(i) is not int)
+            raise _error("prompt_token_ids", wrong, f"is a {type(wrong).__name__}; token ids must be integers")
+        if min(ids) < 0 or max(ids) >= self._vocab_size:
+            raise self._out_of_vocabulary("prompt_token_ids", ids)
+        return ids
+
+    def _out_of_vocabulary(self, name: str, ids: Sequence[int]) -> VjaxValidationError:
+        wrong = next(i for i in ids if not 0 <= i < self._vocab_size)
+        return _error(
+            name,
+            wrong,
+            f"is out of vocabulary: the model's {self._vocab_size} token ids are 0..{self._vocab_size - 1}; check that "
+            "the tokenizer belongs to the model",
+        )
+
+    def _check_length(self, token_ids: list[int]) -> None:
+        if len(token_ids) >= self._max_model_len:
+            raise VjaxValidationError(
+                f"The prompt (length {len(token_ids)}) plus the number of requested output tokens (at least 1) is longer"
+                f" than the maximum model length of {self._max_model_len}. Shorten the prompt, or raise max_model_len "
+                "if the model allows it.",
+                parameter="prompt",
+                value=len(token_ids),
+            )
+
+    # ---- sampling parameters --------------------------------------------------------------------------------------
+
+    def _complete_params(self, params: SamplingParams, prompt_len: int) -> SamplingParams:
+        """A validated copy in which max_tokens and seed are numbers and the stop ids are complete."""
+        if params.stop and self._tokenizer is None:
+            raise _error(
+                "stop",
+                params.stop,
+                "needs a tokenizer, and the engine was created with skip_tokenizer_init=True; use stop_token_ids",
+            )
+        params = params.clone()
+        if any(i >= self._vocab_size for i in params.stop_token_ids or ()):
+            raise self._out_of_vocabulary("stop_token_ids", params.stop_token_ids or ())
+        if not params.ignore_eos:
+            params.add_stop_token_ids(self._extra_eos_token_ids)
+        if params.max_tokens is None:
+            params.max_tokens = self._max_model_len - prompt_len
+        if params.seed is None:
+            params.seed = self._seeds.getrandbits(63)
+        if params.min_tokens:
+            self._check_num_masked(params)
+        return params
+
+    def _check_num_masked(self, params: SamplingParams) -> None:
+        masked = set(params.stop_token_ids or ())
+        if self.eos_token_id is not None and not params.ignore_eos:
+            masked.add(self.eos_token_id)
+        if len(masked) > MAX_MASKED_TOKEN_IDS:
+            raise _error(
+                "min_tokens",
+                params.min_tokens,
+                f"works with at most {MAX_MASKED_TOKEN_IDS} EOS and stop token ids, and the request has {len(masked)}; "
+                "pass fewer stop_token_ids, or min_tokens=0",
+            )
+
+
+def _expand(request_id: str, params: SamplingParams) -> list[tuple[str, SamplingParams]]:
+    """Id and parameters of each completion's own request. `params.seed` is a number."""
+    if params.n == 1:
+        return [(request_id, params)]
+    assert params.seed is not None
+    children = []
+    for i in range(params.n):
+        child = copy.copy(params)
+        child.n = 1
+        child.seed = (params.seed + i + 2**63) % 2**64 - 2**63  # stays a signed 64-bit integer
+        children.append((f"{i}_{request_id}", child))
+    return children
+
+
+def _empty(value: object) -> VjaxValidationError:
+    return VjaxValidationError(
+        "The prompt cannot be empty: it needs at least 1 token. For text from nothing, pass the BOS token's id.",
+        parameter="prompt",
+        value=value,
+    )
+
+
+def _error(name: str, value: object, what: str) -> VjaxValidationError:
+    return VjaxValidationError(f"{name}={value!r:.100} {what}.", parameter=name, value=value)

@@ -1,0 +1,202 @@
+"""Engine outputs to request outputs: text, stop strings, n completions of one prompt, and what is shown when.
+
+[EngineOutput, ...] -> ([RequestOutput, ...], ids that a stop string ended and the core must abort)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from vjax.engine.input_processor import ProcessedRequest
+from vjax.messages import EngineOutput
+from vjax.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from vjax.sampling_params import RequestOutputKind
+from vjax.text.detokenizer import make_detokenizer
+from vjax.text.tokenizer import Tokenizer
+
+
+class _Prompt:
+    """A user's request: one prompt and its completions."""
+
+    __slots__ = ("metrics", "num_cached_tokens", "num_running", "processed", "sequences")
+
+    def __init__(self, processed: ProcessedRequest, tokenizer: Tokenizer | None, metrics: RequestMetrics | None):
+        self.processed = processed
+        self.sequences = [_Sequence(self, i, tokenizer) for i in range(len(processed.requests))]
+        self.num_running = len(self.sequences)
+        self.num_cached_tokens: int | None = None
+        self.metrics = metrics
+
+
+class _Sequence:
+    """One completion."""
+
+    __slots__ = ("completion", "detokenizer", "index", "num_shown_tokens", "prompt", "quiet", "token_ids")
+
+    def __init__(self, prompt: _Prompt, index: int, tokenizer: Tokenizer | None):
+        processed = prompt.processed
+        self.prompt = prompt
+        self.index = index
+        self.detokenizer = make_detokenizer(tokenizer, processed.prompt_token_ids, processed.params)
+        self.token_ids = self.detokenizer.token_ids
+        self.num_shown_tokens = 0
+        #: Set when the completion is finished.
+        self.completion: CompletionOutput | None = None
+        # Until it finishes, nothing has to happen but to collect tokens.
+        self.quiet = processed.params.output_kind is RequestOutputKind.FINAL_ONLY and not processed.params.stop
+
+
+class OutputProcessor:
+    """Keeps the text side of every unfinished request."""
+
+    def __init__(
+        self, tokenizer: Tokenizer | None, *, log_stats: bool = False, clock: Callable[[], float] = time.monotonic
+    ):
+        """
+        Args:
+            tokenizer: None: texts stay empty.
+            log_stats: Fill `RequestOutput.metrics`.
+            clock: Monotonic seconds, the clock of `ProcessedRequest.arrival_time`.
+        """
+        self._tokenizer = tokenizer
+        self._log_stats = log_stats
+        self._clock = clock
+        self._prompts: dict[str, _Prompt] = {}
+        self._sequences: dict[str, _Sequence] = {}
+
+    @property
+    def num_unfinished(self) -> int:
+        """Prompts with an unfinished completion."""
+        return len(self._prompts)
+
+    def has_request(self, request_id: str) -> bool:
+        """Whether the id, or one that its completions would get, belongs to an unfinished request."""
+        return request_id in self._prompts or request_id in self._sequences
+
+    def add_request(self, processed: ProcessedRequest) -> None:
+        """Prepares for the outputs of `processed.requests`. Its ids are not in use (see `has_request`)."""
+        metrics = None
+        if self._log_stats:
+            now = self._clock()
+            metrics = RequestMetrics(arrival_time=time.time() - (now - processed.arrival_time), queued_ts=now)
+        prompt = _Prompt(processed, self._tokenizer, metrics)
+        self._prompts[processed.request_id] = prompt
+        for request, sequence in zip(processed.requests, prompt.sequences, strict=True):
+            assert request.request_id not in self._sequences, request.request_id
+            self._sequences[request.request_id] = sequence
+
+    def abort(self, request_ids: Sequence[str]) -> list[str]:
+        """Forgets requests; unknown and finished ids are ignored.
+
+        Returns:
+            Ids of the unfinished completions, which the core must abort.
+        """
+        to_abort: list[str] = []
+        for request_id in request_ids:
+            if prompt := self._prompts.pop(request_id, None):
+                ids = [request.request_id for request in prompt.processed.requests]
+                to_abort += [i for i in ids if self._sequences.pop(i, None) is not None]
+        return to_abort
+
+    def process(self, outputs: Sequence[EngineOutput]) -> tuple[list[RequestOutput], list[str]]:
+        """Takes one step's outputs. Those of unknown (aborted) requests are ignored.
+
+        Where a stop string ended a request, its `EngineOutput` gets finish_reason "stop" and the string as stop_reason,
+        so that whoever reads the records afterwards sees how the request really ended.
+
+        Returns:
+            What is to be shown now as each request's output_kind asks, and the ids that the core must abort because a
+            stop string matched while the core would have gone on.
+        """
+        shown: list[RequestOutput] = []
+        to_abort: list[str] = []
+        sequences = self._sequences
+        now = self._clock() if self._log_stats else 0.0
+        for output in outputs:
+            sequence = sequences.get(output.request_id)
+            if sequence is None:
+                continue
+            if now and output.new_token_ids:
+                _record_tokens(sequence.prompt, len(output.new_token_ids), now)
+            if sequence.quiet and output.finish_reason is None:
+                sequence.token_ids.extend(output.new_token_ids)
+                continue
+            if self._update(sequence, output):
+                to_abort.append(output.request_id)
+            request_output = self._show(sequence, output)
+            if request_output is not None:
+                shown.append(request_output)
+        return shown, to_abort
+
+    def _update(self, sequence: _Sequence, output: EngineOutput) -> bool:
+        """Adds tokens; True if a stop string matched and the core does not know that the request is over."""
+        prompt = sequence.prompt
+        if prompt.num_cached_tokens is None or sequence.index == 0:
+            prompt.num_cached_tokens = output.num_cached_tokens
+        reason = output.finish_reason
+        stop = sequence.detokenizer.update(output.new_token_ids, reason is not None, reason == "stop")
+        if stop is None:
+            return False
+        output.finish_reason, output.stop_reason = "stop", stop
+        return reason is None
+
+    def _show(self, sequence: _Sequence, output: EngineOutput) -> RequestOutput | None:
+        prompt = sequence.prompt
+        kind = prompt.processed.params.output_kind
+        finished = output.finish_reason is not None
+        if finished:
+            del self._sequences[output.request_id]
+            prompt.num_running -= 1
+            if prompt.num_running == 0:
+                del self._prompts[prompt.processed.request_id]
+        elif kind is RequestOutputKind.FINAL_ONLY or not output.new_token_ids:
+            return None
+        completion = _completion(sequence, output, kind is RequestOutputKind.DELTA)
+        if kind is not RequestOutputKind.FINAL_ONLY:
+            return _request_output(prompt, [completion])
+        sequence.completion = completion
+        if prompt.num_running:
+            return None
+        return _request_output(prompt, [s.completion for s in prompt.sequences if s.completion is not None])
+
+
+def _completion(sequence: _Sequence, output: EngineOutput, delta: bool) -> CompletionOutput:
+    finished = output.finish_reason is not None
+    token_ids = sequence.token_ids
+    if delta:
+        token_ids = token_ids[sequence.num_shown_tokens :]
+        sequence.num_shown_tokens += len(token_ids)
+    elif not finished:
+        token_ids = token_ids.copy()  # the original goes on growing
+    return CompletionOutput(
+        index=sequence.index,
+        text=sequence.detokenizer.get_next_output_text(finished, delta),
+        token_ids=token_ids,
+        finish_reason=output.finish_reason,
+        stop_reason=output.stop_reason,
+        error=output.error,
+    )
+
+
+def _request_output(prompt: _Prompt, completions: list[CompletionOutput]) -> RequestOutput:
+    return RequestOutput(
+        request_id=prompt.processed.request_id,
+        prompt=prompt.processed.prompt,
+        prompt_token_ids=prompt.processed.prompt_token_ids,
+        outputs=completions,
+        finished=prompt.num_running == 0,
+        metrics=prompt.metrics,
+        num_cached_tokens=prompt.num_cached_tokens,
+    )
+
+
+def _record_tokens(prompt: _Prompt, num_tokens: int, now: float) -> None:
+    metrics = prompt.metrics
+    if metrics is None:
+        return
+    if not metrics.first_token_ts:
+        metrics.first_token_ts = now
+        metrics.first_token_latency = now - prompt.processed.arrival_time
+    metrics.last_token_ts = now
+    metrics.num_generation_tokens += num_tokens

@@ -1,0 +1,63 @@
+"""The one place that reads environment variables. Read at each call, so that a change takes effect without a reload.
+
+| variable | meaning | default |
+|---|---|---|
+| VJAX_USE_V1 | 1: V1 engine, 0: V0 engine; an explicit `use_v1` wins | VLLM_USE_V1, then 1 |
+| VJAX_CACHE_DIR | folder for compiled executables | ~/.cache/vjax |
+| VJAX_COMPILE_CACHE | 0: do not keep compiled executables between processes | 1 |
+| VJAX_LOG_LEVEL | DEBUG, INFO, WARNING or ERROR | INFO |
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from vjax.errors import ConfigError
+
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+_TRUE = ("1", "true", "yes", "on")
+_FALSE = ("0", "false", "no", "off")
+
+
+def use_v1() -> bool:
+    """Raises: ConfigError if the variable is set to something other than 0 or 1."""
+    for name in ("VJAX_USE_V1", "VLLM_USE_V1"):
+        if os.environ.get(name, "").strip():
+            return _switch(name, default=True)
+    return True
+
+
+def cache_dir() -> Path:
+    """Folder for what outlives the process. It need not exist."""
+    folder = os.environ.get("VJAX_CACHE_DIR", "").strip()
+    return Path(folder or "~/.cache/vjax").expanduser()
+
+
+def compile_cache_enabled() -> bool:
+    """Raises: ConfigError if the variable is set to something other than 0 or 1."""
+    return _switch("VJAX_COMPILE_CACHE", default=True)
+
+
+def log_level() -> str:
+    """One of LOG_LEVELS. Raises: ConfigError for another name."""
+    level = os.environ.get("VJAX_LOG_LEVEL", "").strip().upper() or "INFO"
+    if level not in LOG_LEVELS:
+        raise ConfigError(
+            f"VJAX_LOG_LEVEL={level!r} must be one of {', '.join(LOG_LEVELS)}; set one of these or unset it.",
+            parameter="VJAX_LOG_LEVEL",
+            value=level,
+        )
+    return level
+
+
+def _switch(name: str, default: bool) -> bool:
+    value = os.environ.get(name, "").strip().lower()
+    if not value:
+        return default
+    if value not in _TRUE + _FALSE:
+        raise ConfigError(
+            f"{name}={value!r} must be 0 or 1; set one of these or unset it.", parameter=name, value=value
+        )
+    return value in _TRUE

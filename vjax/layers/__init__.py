@@ -1,0 +1,1 @@
+"""Building blocks of the decoders. The only callers of `pallas_kernels` among models and layers."""

@@ -1,0 +1,233 @@
+"""`LLM`: offline inference with the names and semantics of vLLM's class."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from vjax.config.engine_args import EngineArgs
+from vjax.engine.front import BaseLLMEngine
+from vjax.errors import VjaxValidationError
+from vjax.metrics import Metric
+from vjax.outputs import RequestOutput
+from vjax.sampling_params import RequestOutputKind, SamplingParams
+from vjax.text.chat import chat_prompt
+from vjax.text.tokenizer import Tokenizer
+
+#: One prompt: text, token ids, or a mapping with "prompt" or "prompt_token_ids" and optionally "cache_salt".
+Prompt = str | Mapping[str, Any] | Sequence[int]
+
+
+class LLM:
+    """A model ready to generate.
+
+    Args:
+        model: A folder in Hugging Face format, a hub id, or "vjax-tiny", the bundled model.
+        tokenizer: Folder or hub id of the tokenizer when it is not the model's.
+        **kwargs: Engine arguments under vLLM's names; see `vjax.config.engine_args.EngineArgs`.
+
+    Raises:
+        ConfigError, ModelLoadError, OutOfMemoryError: All ValueErrors that say what was got and what to do.
+
+    Use it as a context manager, or call `shutdown`, or drop the last reference, to free the device arrays; the memory
+    pool itself goes back to the driver when the process ends.
+    """
+
+    #: The mode of the class; None leaves it to `use_v1=` and the environment.
+    _mode: bool | None = None
+
+    def __init__(self, model: str = "vjax-tiny", *, tokenizer: str | None = None, **kwargs: Any):
+        args = EngineArgs.from_kwargs(model=model, tokenizer=tokenizer, **kwargs)
+        if args.use_v1 is None and self._mode is not None:
+            args = dataclasses.replace(args, use_v1=self._mode)
+        self.llm_engine = BaseLLMEngine(args)
+        self._request_ids = itertools.count()
+
+    @classmethod
+    def from_engine_args(cls, args: EngineArgs) -> LLM:
+        """An LLM from an EngineArgs record."""
+        return cls(**dataclasses.asdict(args))
+
+    # ---- generation ---------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Completions of `prompts`, in their order.
+
+        Args:
+            prompts: One prompt or a list of them.
+            sampling_params: One for all prompts or one per prompt; None takes the model's defaults.
+            use_tqdm: Show progress.
+            priority: One per prompt, lower first, with scheduling_policy="priority".
+
+        Raises:
+            VjaxValidationError: A prompt or parameter is invalid. No request of the call stays behind.
+        """
+        batch = as_prompt_list(prompts)
+        params = self._params_per_prompt(sampling_params, len(batch))
+        if priority is not None and len(priority) != len(batch):
+            raise VjaxValidationError(
+                f"priority has {len(priority)} entries for {len(batch)} prompts; give one per prompt.",
+                parameter="priority",
+                value=priority,
+            )
+        ids = self._add_all(batch, params, priority or [0] * len(batch))
+        return self._run(ids, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers to one conversation or a list of them.
+
+        Args:
+            messages: [{"role": ..., "content": ...}, ...], or a list of such lists.
+            chat_template: Jinja template instead of the tokenizer's.
+            Others: as `generate`, and as Hugging Face's `apply_chat_template`.
+
+        Raises:
+            VjaxValidationError: The conversation is malformed, or the tokenizer has no chat template.
+        """
+        tokenizer = self.get_tokenizer()
+        options = {
+            "chat_template": chat_template,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "tools": tools,
+            **(chat_template_kwargs or {}),
+        }
+        is_one = not messages or isinstance(messages[0], Mapping)
+        conversations = [messages] if is_one else messages
+        prompts: list[Prompt] = [chat_prompt(tokenizer, c, **options) for c in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def _params_per_prompt(
+        self, params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+    ) -> Sequence[SamplingParams]:
+        if params is None:
+            params = self.get_default_sampling_params()
+        if isinstance(params, SamplingParams):
+            return [params] * num_prompts
+        if len(params) != num_prompts:
+            raise VjaxValidationError(
+                f"sampling_params has {len(params)} entries for {num_prompts} prompts; give one SamplingParams for all "
+                "prompts or one per prompt.",
+                parameter="sampling_params",
+                value=params,
+            )
+        return params
+
+    def _add_all(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], priority: Sequence[int]
+    ) -> list[str]:
+        """Adds every prompt, or none."""
+        ids: list[str] = []
+        arrival = time.monotonic()
+        try:
+            for prompt, p, rank in zip(prompts, params, priority, strict=True):
+                if p.output_kind is not RequestOutputKind.FINAL_ONLY:
+                    p = p.clone()
+                    p.output_kind = RequestOutputKind.FINAL_ONLY
+                request_id = str(next(self._request_ids))
+                self.llm_engine.add_request(request_id, prompt, p, arrival, priority=rank)
+                ids.append(request_id)
+        except BaseException:
+            self.llm_engine.abort_request(ids)
+            raise
+        return ids
+
+    def _run(self, ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
+        """Steps until every request of the call is finished."""
+        finished: dict[str, RequestOutput] = {}
+        wanted = set(ids)
+        progress = tqdm(total=len(ids), desc="Processed prompts", unit="prompt", disable=not use_tqdm or None)
+        start, num_in, num_out = time.monotonic(), 0, 0
+        try:
+            while len(finished) < len(wanted):
+                for output in self.llm_engine.step():
+                    if not output.finished or output.request_id not in wanted:
+                        continue
+                    finished[output.request_id] = output
+                    num_in += len(output.prompt_token_ids or ())
+                    num_out += sum(len(c.token_ids) for c in output.outputs)
+                    if not progress.disable:
+                        seconds = max(time.monotonic() - start, 1e-9)
+                        progress.set_postfix_str(f"in {num_in / seconds:.0f} tok/s, out {num_out / seconds:.0f} tok/s")
+                        progress.update()
+        except BaseException:
+            self.llm_engine.abort_request([i for i in ids if i not in finished])
+            raise
+        finally:
+            progress.close()
+        return [finished[i] for i in ids]
+
+    # ---- the rest -----------------------------------------------------------------------------------------------
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self.llm_engine.get_tokenizer()
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What `generate` uses when it gets no sampling parameters: generation_config.json over vLLM's defaults."""
+        return self.llm_engine.get_default_sampling_params()
+
+    def get_metrics(self) -> list[Metric]:
+        """Counters and gauges; needs disable_log_stats=False."""
+        return self.llm_engine.get_metrics()
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
+        """Forgets every cached prefix; False while a request holds blocks."""
+        return self.llm_engine.reset_prefix_cache(reset_running_requests)
+
+    def shutdown(self) -> None:
+        """Frees the device arrays. May be called more than once."""
+        engine = self.__dict__.get("llm_engine")
+        if engine is not None:
+            engine.shutdown()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.shutdown()
+
+    def __del__(self) -> None:
+        self.shutdown()
+
+
+class V0LLM(LLM):
+    """LLM in V0 mode."""
+
+    _mode = False
+
+
+class V1LLM(LLM):
+    """LLM in V1 mode."""
+
+    _mode = True
+
+
+def as_prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or a list of prompts, as a list. A list of ints is one prompt of token ids."""
+    if isinstance(prompts, (str, Mapping)) or (prompts and isinstance(prompts[0], int)):
+        return [prompts]  # pyright: ignore[reportReturnType]
+    return list(prompts)  # pyright: ignore[reportReturnType, reportArgumentType]

@@ -1,0 +1,97 @@
+"""The four records that the engine's stages exchange. Read this file first.
+
+    front end --EngineRequest--> scheduler --SchedulerOutput--> runner
+    front end <--EngineOutput--- scheduler <---StepOutput------ runner
+
+Scheduler and runner never see each other; these records are all they share. Plain Python, no jax.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vjax.sampling_params import SamplingParams
+
+#: In `SchedulerOutput.token_ids`: the token is the one that the row sampled last, which only the device may know yet.
+LAST_SAMPLED = -1
+
+
+@dataclass(slots=True)
+class EngineRequest:
+    """One prompt on its way into the engine core. Already validated; n > 1 was expanded into several of these."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    #: n is 1, max_tokens is a number, seed is a number (drawn by the front end when the user gave none).
+    sampling_params: SamplingParams
+    #: None: nothing is an end of sequence for this request (also when ignore_eos is set).
+    eos_token_id: int | None
+    arrival_time: float
+    #: Lower runs first under the "priority" policy.
+    priority: int = 0
+    cache_salt: str | None = None
+
+
+@dataclass(slots=True)
+class RowInit:
+    """State that a device row gets when a request enters it: first admission, or re-admission after preemption."""
+
+    row: int
+    num_computed_tokens: int
+    #: Temperature, truncation, seed and min_tokens travel to the device from here.
+    sampling_params: SamplingParams
+    #: Number of prompt tokens: the position from which min_tokens counts.
+    num_prompt_tokens: int
+    #: Ids that min_tokens masks: EOS and stop_token_ids. Empty unless min_tokens > 0.
+    masked_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class SchedulerOutput:
+    """One step's work, in the order of the flat batch: decode sequences (one token each), then prefills that reach the
+    end of what is known and so sample a token, then partial prefills. The first `num_sampled` sequences sample."""
+
+    step_id: int
+    #: Device row of each sequence (1..max_num_seqs; row 0 is the null row).
+    rows: list[int] = field(default_factory=list)
+    #: Tokens that each sequence computes in this step (>= 1).
+    num_scheduled_tokens: list[int] = field(default_factory=list)
+    #: The flat batch [sum(num_scheduled_tokens)], LAST_SAMPLED where the device knows the token.
+    token_ids: list[int] = field(default_factory=list)
+    #: Leading sequences with exactly one token.
+    num_decodes: int = 0
+    #: Leading sequences that sample a token.
+    num_sampled: int = 0
+    new_rows: list[RowInit] = field(default_factory=list)
+    #: Block-table writes of this step: table[block_rows[i], block_columns[i]] = block_ids[i]. Applied after `new_rows`.
+    block_rows: list[int] = field(default_factory=list)
+    block_columns: list[int] = field(default_factory=list)
+    block_ids: list[int] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """What the device sampled in one step, for the first `num_sampled` sequences, in their order."""
+
+    step_id: int
+    sampled_token_ids: list[int]
+
+
+@dataclass(slots=True)
+class EngineOutput:
+    """New tokens of one request after one step."""
+
+    request_id: str
+    new_token_ids: list[int]
+    #: "stop" | "length" | "abort" | "error" | None while running.
+    finish_reason: str | None = None
+    #: The stop token id; None for EOS, length and abort.
+    stop_reason: int | str | None = None
+    #: Prompt tokens that the prefix cache served at first admission.
+    num_cached_tokens: int = 0
+    #: Why the request failed, when finish_reason is "error".
+    error: str | None = None

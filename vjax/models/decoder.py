@@ -1,0 +1,107 @@
+"""The decoder that all supported architectures share: embedding, layers, final norm, head."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from vjax.layers.attention import Attention, AttentionMetadata, KVCache
+from vjax.layers.embedding import embed_tokens, head_logits
+from vjax.layers.mlp import GatedMLP
+from vjax.layers.norm import rms_norm
+from vjax.layers.param import param
+from vjax.layers.rope import rope_cos_sin
+from vjax.layers.vectors import LayerVectors, StackedVectors
+from vjax.models.arch import ArchConfig
+from vjax.models.weight_rules import WeightRule
+
+__all__ = ["AttentionMetadata", "DecoderLayer", "DecoderModel", "KVCache"]
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+
+    def __init__(self, arch: ArchConfig, *, sliding_window: int | None, dtype, rngs: nnx.Rngs, mesh: Mesh | None):
+        self.attention = Attention(arch, sliding_window=sliding_window, dtype=dtype, rngs=rngs, mesh=mesh)
+        self.mlp = GatedMLP(arch, dtype=dtype, rngs=rngs)
+        self.rms_norm_eps = arch.rms_norm_eps
+
+    def __call__(
+        self,
+        x: jax.Array,
+        vectors: LayerVectors,
+        kv: KVCache,
+        rope: tuple[jax.Array, jax.Array],
+        meta: AttentionMetadata,
+    ) -> tuple[jax.Array, KVCache]:
+        """x `[T, hidden]` -> `[T, hidden]` and the updated cache."""
+        normed = rms_norm(x, vectors["attention_norm"], self.rms_norm_eps)
+        out, kv = self.attention(normed, vectors, kv, rope, meta)
+        x = x + out
+        return x + self.mlp(rms_norm(x, vectors["mlp_norm"], self.rms_norm_eps), vectors), kv
+
+
+@partial(jax.jit, static_argnames=("graphdef",))
+def _run_layer(graphdef: nnx.GraphDef, state: nnx.State, *args: Any) -> tuple[jax.Array, KVCache]:
+    """One layer under an inner jit: layers with equal graphdefs are traced and lowered once."""
+    return nnx.merge(graphdef, state)(*args)
+
+
+class DecoderModel(nnx.Module):
+    """A causal language model over flat ragged tokens and a paged KV cache.
+
+    Subclasses are architectures: they say how config.json is read (`arch_config`) and what the checkpoint's tensors
+    are called (`weight_rules`).
+
+    Args:
+        arch: The architecture.
+        dtype: Dtype of parameters and activations.
+        rngs: Source of the random initial weights. Under `nnx.eval_shape` nothing is allocated.
+        mesh: With more than one device, attention runs per shard of the key/value heads.
+    """
+
+    weight_rules: ClassVar[tuple[WeightRule, ...]] = ()
+
+    @staticmethod
+    def arch_config(config: dict[str, Any]) -> ArchConfig:
+        """The architecture of a parsed config.json; ModelLoadError names what is not supported."""
+        raise NotImplementedError
+
+    def __init__(self, arch: ArchConfig, *, dtype, rngs: nnx.Rngs, mesh: Mesh | None = None):
+        self.arch = arch
+        self.embed = param(rngs, (arch.vocab_size, arch.hidden_size), ("vocab", "embed"), dtype)
+        self.layers = nnx.List(
+            [
+                DecoderLayer(arch, sliding_window=window, dtype=dtype, rngs=rngs, mesh=mesh)
+                for window in arch.sliding_windows
+            ]
+        )
+        self.vectors = StackedVectors(arch, dtype=dtype, rngs=rngs)
+        self.norm = param(rngs, (arch.hidden_size,), ("embed",), dtype, "ones")
+        if not arch.tie_word_embeddings:
+            self.lm_head = param(rngs, (arch.vocab_size, arch.hidden_size), ("vocab", "embed"), dtype)
+
+    def __call__(
+        self, token_ids: jax.Array, kv: tuple[KVCache, ...], meta: AttentionMetadata
+    ) -> tuple[jax.Array, tuple[KVCache, ...]]:
+        """token_ids i32 `[T]` -> hidden states `[T, hidden]` before the final norm, and the caches, one per layer."""
+        rope = rope_cos_sin(meta.positions, self.arch.rope, self.arch.head_dim)
+        x = embed_tokens(self.embed[...], token_ids)
+        updated = []
+        for index, (layer, layer_kv) in enumerate(zip(self.layers, kv, strict=True)):
+            x, layer_kv = _run_layer(*nnx.split(layer), x, self.vectors.layer(index), layer_kv, rope, meta)
+            updated.append(layer_kv)
+        return x, tuple(updated)
+
+    def final_norm(self, hidden: jax.Array) -> jax.Array:
+        """hidden `[R, hidden]` -> `[R, hidden]`."""
+        return rms_norm(hidden, self.norm[...], self.arch.rms_norm_eps)
+
+    def logits(self, hidden_normed: jax.Array) -> jax.Array:
+        """Hidden states after the final norm `[R, hidden]` -> logits f32 `[R, vocab]`."""
+        table = self.embed if self.arch.tie_word_embeddings else self.lm_head
+        return head_logits(table[...], hidden_normed)

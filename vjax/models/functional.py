@@ -1,0 +1,95 @@
+"""A model as pure functions of a flat tuple of leaves: the form that the compiled step takes.
+
+Flax defines the module; here it is split once, and merged again only while a step is traced.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from vjax.models.arch import ArchConfig
+from vjax.models.decoder import AttentionMetadata, KVCache
+from vjax.models.registry import get_model_class
+from vjax.models.weight_rules import WeightRule
+
+#: Leaves that the head reads, by the module's names.
+_HEAD = ("norm", "lm_head")
+_TIED_HEAD = ("norm", "embed")
+
+
+class FunctionalModel:
+    """A decoder split into structure (here) and leaves (the caller's tuple, in the order of `leaf_names`).
+
+    Attributes:
+        arch, dtype, mesh: As given to `build_model`.
+        leaf_names: Dotted paths, e.g. "layers.0.attention.qkv".
+        leaf_specs: name -> shape and dtype.
+        logical_axes: name -> logical axis of each dimension (see vjax.parallel.sharding).
+        initialisers: name -> "ones" or "normal".
+        head_leaf_names: The leaves that `logits` takes.
+        weight_rules: How checkpoint tensors become the leaves.
+    """
+
+    def __init__(self, arch: ArchConfig, dtype, mesh: Mesh | None):
+        model_class = get_model_class(arch)
+        abstract = nnx.eval_shape(lambda: model_class(arch, dtype=dtype, rngs=nnx.Rngs(0), mesh=mesh))
+        self._graphdef, state = nnx.split(abstract)
+        self._treedef = jax.tree.structure(state)
+        variables = {".".join(str(part) for part in path): variable for path, variable in nnx.to_flat_state(state)}
+        self.arch = arch
+        self.dtype = dtype
+        self.mesh = mesh
+        self.leaf_names: tuple[str, ...] = tuple(_leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state))
+        assert set(self.leaf_names) == set(variables)
+        self.leaf_specs: dict[str, jax.ShapeDtypeStruct] = dict(
+            zip(self.leaf_names, jax.tree.leaves(state), strict=True)
+        )
+        self.logical_axes: dict[str, tuple[str | None, ...]] = {
+            name: variables[name].get_metadata("logical_axes") for name in self.leaf_names
+        }
+        self.initialisers: dict[str, str] = {name: variables[name].get_metadata("init") for name in self.leaf_names}
+        self.head_leaf_names: tuple[str, ...] = _TIED_HEAD if arch.tie_word_embeddings else _HEAD
+        self.weight_rules: tuple[WeightRule, ...] = model_class.weight_rules
+
+    def forward(
+        self, leaves: tuple[jax.Array, ...], token_ids: jax.Array, kv: tuple[KVCache, ...], meta: AttentionMetadata
+    ) -> tuple[jax.Array, tuple[KVCache, ...]]:
+        """All leaves, token_ids i32 `[T]`, caches per layer -> hidden `[T, hidden]` before the final norm, caches."""
+        return self._merge(leaves)(token_ids, kv, meta)
+
+    def logits(self, head_leaves: tuple[jax.Array, ...], hidden: jax.Array) -> jax.Array:
+        """Leaves of `head_leaf_names`, hidden `[R, hidden]` from `forward` -> final norm, head: f32 `[R, vocab]`."""
+        given = dict(zip(self.head_leaf_names, head_leaves, strict=True))
+        # The other leaves stay abstract: the head does not touch them.
+        model = self._merge(tuple(given.get(name, self.leaf_specs[name]) for name in self.leaf_names))
+        return model.logits(model.final_norm(hidden))
+
+    def head_leaves(self, leaves: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """Those of all leaves that `logits` takes, in its order."""
+        return tuple(leaves[self.leaf_names.index(name)] for name in self.head_leaf_names)
+
+    def _merge(self, leaves: tuple[Any, ...]) -> Any:
+        return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
+
+
+def build_model(arch: ArchConfig, dtype, mesh: Mesh | None = None) -> FunctionalModel:
+    """The functional form of an architecture. Allocates nothing.
+
+    Args:
+        arch: From `arch_config_from_hf`.
+        dtype: Of parameters and activations, e.g. jnp.bfloat16.
+        mesh: The mesh of the executables; None or one device runs the kernels directly.
+
+    Raises:
+        ModelLoadError: The architecture is not supported.
+    """
+    return FunctionalModel(arch, dtype, mesh)
+
+
+def _leaf_name(path: tuple[Any, ...]) -> str:
+    parts = [str(getattr(key, "key", getattr(key, "name", key))) for key in path]
+    return ".".join(parts[:-1] if parts[-1] == "value" else parts)

@@ -1,0 +1,100 @@
+"""What the engine hands back: one `RequestOutput` per prompt, with one `CompletionOutput` per completion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+FINISH_REASONS = ("stop", "length", "abort", "error")
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Times and counts of one request; collected unless `disable_log_stats` is set.
+
+    `arrival_time` is wall time (seconds since the epoch), the `*_ts` are monotonic seconds of one clock, 0 until they
+    happen, and `first_token_latency` is seconds from arrival.
+    """
+
+    num_generation_tokens: int = 0
+    num_preemptions: int = 0
+    arrival_time: float = 0.0
+    queued_ts: float = 0.0
+    scheduled_ts: float = 0.0
+    first_token_ts: float = 0.0
+    last_token_ts: float = 0.0
+    first_token_latency: float = 0.0
+
+
+@dataclass(slots=True, repr=False)
+class CompletionOutput:
+    """One completion, or with `RequestOutputKind.DELTA` what is new in it."""
+
+    #: Which of the prompt's `n` completions, from 0.
+    index: int
+    #: Without special tokens, stop strings and stop tokens, unless the sampling parameters ask for them.
+    text: str
+    #: Sampled ids, with the EOS or stop token that ended the completion.
+    token_ids: list[int]
+    #: Sum of the sampled tokens' log probabilities; None unless `logprobs` was asked for.
+    cumulative_logprob: float | None = None
+    #: Per token: token id -> log probability; None unless asked for.
+    logprobs: list[dict[int, Any]] | None = None
+    #: One of FINISH_REASONS, None while the completion goes on.
+    finish_reason: str | None = None
+    #: The stop string or stop token id that matched; None for EOS, length, abort and error.
+    stop_reason: int | str | None = None
+    lora_request: Any = None
+    #: Why the completion failed, when finish_reason is "error".
+    error: str | None = None
+
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def __repr__(self) -> str:
+        parts = [f"index={self.index}", f"text={self.text!r}", f"token_ids={_short(self.token_ids)}"]
+        if self.cumulative_logprob is not None:
+            parts.append(f"cumulative_logprob={self.cumulative_logprob:.4f}")
+        parts.append(f"finish_reason={self.finish_reason!r}")
+        if self.stop_reason is not None:
+            parts.append(f"stop_reason={self.stop_reason!r}")
+        if self.error is not None:
+            parts.append(f"error={self.error!r}")
+        return f"CompletionOutput({', '.join(parts)})"
+
+
+@dataclass(slots=True, repr=False)
+class RequestOutput:
+    """A prompt and its completions."""
+
+    request_id: str
+    #: None where the prompt was given as token ids.
+    prompt: str | None
+    prompt_token_ids: list[int]
+    #: Ordered by `index`.
+    outputs: list[CompletionOutput]
+    #: All completions are finished.
+    finished: bool
+    prompt_logprobs: list[dict[int, Any] | None] | None = None
+    metrics: RequestMetrics | None = None
+    lora_request: Any = None
+    #: Prompt tokens whose KV came from the prefix cache at first admission; None until then.
+    num_cached_tokens: int | None = None
+
+    def __repr__(self) -> str:
+        parts = [
+            f"request_id={self.request_id!r}",
+            f"prompt={self.prompt!r}",
+            f"prompt_token_ids={_short(self.prompt_token_ids)}",
+            f"outputs={self.outputs!r}",
+            f"finished={self.finished}",
+            f"num_cached_tokens={self.num_cached_tokens}",
+        ]
+        return f"RequestOutput({', '.join(parts)})"
+
+
+def _short(token_ids: list[int], limit: int = 16) -> str:
+    """The list, or its first `limit` entries and its length."""
+    if len(token_ids) <= limit:
+        return str(list(token_ids))
+    return f"[{', '.join(map(str, token_ids[:limit]))}, ... {len(token_ids)} in all]"

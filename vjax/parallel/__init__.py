@@ -1,0 +1,1 @@
+"""Placement of arrays: one table from logical axes to mesh axes."""

@@ -1,0 +1,95 @@
+"""State of one request inside the engine core: what the scheduler and the KV manager read and change."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from vjax.messages import EngineRequest
+from vjax.sampling_params import SamplingParams
+
+
+class RequestStatus(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One sequence of tokens that the engine extends.
+
+    `token_ids` holds what the host knows: prompt, then sampled tokens that have arrived. `num_placeholders` counts
+    tokens that dispatched steps will still deliver. `num_computed_tokens` counts tokens whose KV is written once every
+    dispatched step is done.
+
+        0 ........ num_computed_tokens ........ len(token_ids) .... len(token_ids) + num_placeholders
+        |  KV written or in flight  | to be computed            | known to the device alone |
+    """
+
+    request_id: str
+    sampling_params: SamplingParams
+    num_prompt_tokens: int
+    token_ids: list[int]
+    eos_token_id: int | None
+    arrival_time: float
+    priority: int = 0
+    cache_salt: str | None = None
+    #: Length at which the request ends: prompt plus max_tokens, at most max_model_len.
+    max_num_tokens: int = 0
+    #: EOS and stop_token_ids: the tokens that end it.
+    stop_ids: frozenset[int] = frozenset()
+    #: Position in the order of arrival: breaks ties of priority and arrival time.
+    sequence_number: int = 0
+
+    status: RequestStatus = RequestStatus.WAITING
+    num_computed_tokens: int = 0
+    num_placeholders: int = 0
+    #: Tokens known at the latest admission: its prefill lasts until so many are computed.
+    num_prefill_tokens: int = 0
+    #: Device row while RUNNING, else 0 (the null row).
+    row: int = 0
+    #: Blocks held, in order of position.
+    block_ids: list[int] = field(default_factory=list)
+    #: Chained hashes of the full blocks of `token_ids` known so far (see vjax/kv/hashing.py).
+    block_hashes: list[bytes] = field(default_factory=list)
+    #: Leading blocks of `block_ids` that are registered in the prefix cache.
+    num_hashed_blocks: int = 0
+    #: Prefix-cache tokens at first admission; None until then.
+    num_cached_tokens: int | None = None
+    num_preemptions: int = 0
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    #: Monotonic times in seconds.
+    first_scheduled_time: float | None = None
+
+    @classmethod
+    def from_engine_request(cls, r: EngineRequest, max_model_len: int) -> Request:
+        assert r.sampling_params.max_tokens is not None
+        eos = () if r.eos_token_id is None else (r.eos_token_id,)
+        return cls(
+            request_id=r.request_id,
+            sampling_params=r.sampling_params,
+            num_prompt_tokens=len(r.prompt_token_ids),
+            token_ids=list(r.prompt_token_ids),
+            eos_token_id=r.eos_token_id,
+            arrival_time=r.arrival_time,
+            priority=r.priority,
+            cache_salt=r.cache_salt,
+            max_num_tokens=min(len(r.prompt_token_ids) + r.sampling_params.max_tokens, max_model_len),
+            stop_ids=r.sampling_params.all_stop_token_ids.union(eos),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the host knows."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is RequestStatus.FINISHED

@@ -1,0 +1,75 @@
+"""The finite, named shapes of the step. Knows no jax: choosing a bucket is host work on every step.
+
+`forward` has two families: decode buckets (one token a sequence, tokens == sequences) and mixed buckets (ragged prompt
+chunks after decode rows). `sample` has one family, by the number of rows that need logits.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+
+_GPU_DECODE = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+_GPU_MIXED = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_GPU_SAMPLE = (1, 8, 32, 64, 128, 256, 512, 1024)
+# XLA compiles for the CPU on the cores that serve: few, wide steps between buckets.
+_CPU_DECODE = (4, 16, 64, 256, 1024)
+_CPU_MIXED = (16, 64, 256, 1024, 4096)
+_CPU_SAMPLE = (4, 16, 64, 256, 1024)
+
+
+@dataclass(frozen=True, order=True)
+class ForwardBucket:
+    """Shape of one forward executable: `num_tokens` tokens of at most `num_seqs` sequences."""
+
+    num_tokens: int
+    num_seqs: int
+    decode_only: bool
+
+    @property
+    def name(self) -> str:
+        return f"decode[{self.num_tokens}]" if self.decode_only else f"mixed[{self.num_tokens}]"
+
+
+def _sizes(preferred: tuple[int, ...], largest: int) -> tuple[int, ...]:
+    """`preferred` sizes below `largest`, doubled past its end, then `largest` itself."""
+    sizes = [s for s in preferred if s < largest]
+    while sizes and sizes[-1] * 2 < largest:
+        sizes.append(sizes[-1] * 2)
+    return (*sizes, largest)
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """All shapes that an engine can run, each family in rising order."""
+
+    decode: tuple[ForwardBucket, ...]
+    mixed: tuple[ForwardBucket, ...]
+    sample: tuple[int, ...]
+
+    @classmethod
+    def build(cls, *, max_num_batched_tokens: int, max_num_seqs: int, platform: str) -> Buckets:
+        """Buckets that cover every step of at most `max_num_batched_tokens` tokens and `max_num_seqs` sequences."""
+        gpu = platform == "gpu"
+        decode = _sizes(_GPU_DECODE if gpu else _CPU_DECODE, max_num_seqs)
+        mixed = _sizes(_GPU_MIXED if gpu else _CPU_MIXED, max_num_batched_tokens)
+        return cls(
+            decode=tuple(ForwardBucket(n, n, True) for n in decode),
+            mixed=tuple(ForwardBucket(n, min(n, max_num_seqs), False) for n in mixed),
+            sample=_sizes(_GPU_SAMPLE if gpu else _CPU_SAMPLE, max_num_seqs),
+        )
+
+    def forward_candidates(self, num_tokens: int, num_seqs: int) -> tuple[ForwardBucket, ...]:
+        """Buckets that fit a step, the tightest first. Decode steps may fall back to the mixed family."""
+        mixed = self.mixed[bisect_left(self.mixed, num_tokens, key=lambda b: b.num_tokens) :]
+        if num_tokens != num_seqs:
+            return mixed
+        return self.decode[bisect_left(self.decode, num_tokens, key=lambda b: b.num_tokens) :] + mixed
+
+    def sample_candidates(self, num_rows: int) -> tuple[int, ...]:
+        """Sample sizes that hold `num_rows`, the tightest first."""
+        return self.sample[bisect_left(self.sample, num_rows) :]
+
+    def covering(self) -> tuple[tuple[ForwardBucket, ...], tuple[int, ...]]:
+        """The fewest shapes that can serve any step: the largest of each family."""
+        return (self.decode[-1], self.mixed[-1]), (self.sample[-1],)

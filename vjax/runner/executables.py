@@ -1,0 +1,186 @@
+"""Compiles the step's executables ahead of time and hands out the tightest one that is ready.
+
+Executables are compiled objects, not jitted functions: a call with another shape is an error, never a silent retrace.
+On a GPU a covering set is compiled before serving starts and the rest in the background; a step then runs the tightest
+bucket that is ready. On the CPU, where compilation takes the cores that serve, each bucket is compiled when it is first
+needed. `compile_all` does everything at once, with progress.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from vjax.log import logger
+from vjax.parallel.sharding import named_sharding
+from vjax.runner.buckets import Buckets, ForwardBucket
+from vjax.runner.packing import UpdateLayout
+from vjax.runner.rows import MAX_MASKED_IDS
+from vjax.runner.step import Step
+from vjax.sample.sampler import Variant
+
+log = logger(__name__)
+
+# XLA recomputes cheap ops once arguments and temporaries pass about 80% of the device's memory, which a full KV cache
+# always does; with that the largest prefill bucket grew from 434 to 595 kernels.
+_GPU_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
+
+
+@dataclass(frozen=True)
+class SampleBucket:
+    num_rows: int
+    variant: Variant
+
+    @property
+    def name(self) -> str:
+        return f"sample_{self.variant.name.lower()}[{self.num_rows}]"
+
+
+Key = ForwardBucket | SampleBucket | str
+
+
+class Executables:
+    """All compiled programs of one engine.
+
+    Args:
+        step: The functions and their shapes.
+        buckets: The shapes to compile.
+        mesh: Where the arrays live.
+        platform: "cpu" or "gpu".
+    """
+
+    def __init__(self, step: Step, buckets: Buckets, mesh: Mesh, platform: str):
+        self.step = step
+        self.buckets = buckets
+        self.mesh = mesh
+        self.platform = platform
+        #: Compilations done while a step was waiting for them (counted; zero once everything is compiled).
+        self.num_compilations_while_serving = 0
+        self.num_compilations = 0
+        self._ready: dict[Key, Any] = {}
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    # ---- choosing -----------------------------------------------------------------------------------------------
+
+    def forward_for(self, num_tokens: int, num_seqs: int) -> tuple[ForwardBucket, Any]:
+        """The tightest ready bucket for a step, and its executable."""
+        return self._choose(self.buckets.forward_candidates(num_tokens, num_seqs))
+
+    def sample_for(self, num_rows: int, variant: Variant) -> Any:
+        """The executable that samples `num_rows` rows, at least as capable as `variant`."""
+        sizes = self.buckets.sample_candidates(num_rows)
+        candidates = [SampleBucket(n, v) for v in Variant if v >= variant for n in sizes]
+        return self._choose(candidates)[1]
+
+    def update(self, name: str) -> Any:
+        """ "write_rows" or "write_masked_ids"."""
+        return self._choose((name,))[1]
+
+    def get_ready(self, key: Key) -> Any | None:
+        return self._ready.get(key)
+
+    def _choose(self, candidates: Sequence[Any]) -> tuple[Any, Any]:
+        for key in candidates if self.platform == "gpu" else candidates[:1]:
+            if (compiled := self._ready.get(key)) is not None:
+                return key, compiled
+        self.num_compilations_while_serving += 1
+        return candidates[0], self.compile(candidates[0])
+
+    # ---- compiling ----------------------------------------------------------------------------------------------
+
+    def all_keys(self) -> list[Key]:
+        samples = [SampleBucket(n, v) for v in Variant for n in self.buckets.sample]
+        return ["write_rows", "write_masked_ids", *self.buckets.decode, *self.buckets.mixed, *samples]
+
+    def covering_keys(self) -> list[Key]:
+        """The fewest executables that can serve any step, and greedy decoding of one sequence."""
+        forward, sample = self.buckets.covering()
+        samples = [SampleBucket(n, v) for n in sample for v in (Variant.GREEDY, Variant.MASKED)]
+        small = [self.buckets.decode[0], SampleBucket(self.buckets.sample[0], Variant.GREEDY)]
+        return list(dict.fromkeys(["write_rows", "write_masked_ids", *forward, *samples, *small]))
+
+    def compile_all(self, progress: Callable[[Iterable], Iterable] = lambda it: it, keys: list[Key] | None = None) -> None:
+        """Compiles `keys` (default: everything) now."""
+        for key in progress([k for k in (keys or self.all_keys()) if k not in self._ready]):
+            self.compile(key)
+
+    def compile_in_background(self) -> None:
+        """Compiles what is missing in a thread that `shutdown` stops after the program it is at."""
+
+        def work():
+            for key in self.all_keys():
+                if self._stop.is_set():
+                    return
+                try:
+                    self.compile(key)
+                except Exception as e:  # the tighter bucket stays unavailable; a wider one serves
+                    log.warning("could not compile %s in the background: %s", getattr(key, "name", key), e)
+
+        self._thread = threading.Thread(target=work, name="vjax-compile")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Blocks until background compilation is done."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def shutdown(self) -> None:
+        self._stop.set()
+        self.wait()
+        self._ready.clear()
+
+    def compile(self, key: Key) -> Any:
+        """The executable of `key`, compiled now if it is not ready."""
+        if (compiled := self._ready.get(key)) is not None:
+            return compiled
+        with self._lock:
+            if key not in self._ready:
+                options = _GPU_OPTIONS if self.platform == "gpu" else None
+                self._ready[key] = self.lower(key).compile(compiler_options=options)
+                self.num_compilations += 1
+            return self._ready[key]
+
+    def lower(self, key: Key) -> Any:
+        """The lowered (not yet compiled) program of `key`."""
+        step, model = self.step, self.step.model
+        kv = jax.tree.map(lambda s: self._spec(s, (None, "kv_heads", None, None)), step.kv_specs())
+        rows = jax.tree.map(lambda s: self._spec(s, (None,) * len(s.shape)), step.row_specs())
+        head = tuple(self._leaf(name) for name in model.head_leaf_names)
+        if isinstance(key, ForwardBucket):
+            leaves = tuple(self._leaf(name) for name in model.leaf_names)
+
+            def forward(leaves, kv, rows, packed):
+                return step.forward(key, leaves, kv, rows, packed)
+
+            return self._lower(forward, (1, 2), leaves, kv, rows, self._buffer(step.layout(key).size))
+        if isinstance(key, SampleBucket):
+
+            def sample(head, rows):
+                return step.sample(key.num_rows, key.variant, head, rows)
+
+            return self._lower(sample, (1,), head, rows)
+        if key == "write_rows":
+            return self._lower(step.write_rows, (0,), rows, self._buffer(UpdateLayout().size))
+        assert key == "write_masked_ids", key
+        return self._lower(step.write_masked_ids, (0,), rows, self._buffer(1 + MAX_MASKED_IDS))
+
+    def _lower(self, fn: Callable, donate: tuple[int, ...], *args) -> Any:
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            return jax.jit(fn, donate_argnums=donate).lower(*args)
+
+    def _spec(self, s: jax.ShapeDtypeStruct, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=named_sharding(self.mesh, axes))
+
+    def _leaf(self, name: str) -> jax.ShapeDtypeStruct:
+        return self._spec(self.step.model.leaf_specs[name], self.step.model.logical_axes[name])
+
+    def _buffer(self, size: int) -> jax.ShapeDtypeStruct:
+        return self._spec(jax.ShapeDtypeStruct((size,), jnp.int32), (None,))

@@ -1,0 +1,122 @@
+"""How many KV blocks fit.
+
+On a GPU the pool that XLA may use is fixed when its backend starts; KV gets what weights, the temporaries of the
+largest bucket and the scratch of GEMM autotuning leave. The temporaries are estimated before anything is compiled, so
+that executables are compiled once, for their final shapes; `check_temporaries` then holds the estimate against the
+compiler's own figure.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+
+from vjax.config.engine_config import EngineConfig
+from vjax.errors import OutOfMemoryError
+from vjax.log import logger
+from vjax.models.arch import ArchConfig
+
+log = logger(__name__)
+
+_GIB = 1 << 30
+DEFAULT_CPU_KV_BYTES = 1 * _GIB
+#: Scratch of GEMM autotuning and fragmentation of the pool.
+_AUTOTUNE_RESERVE = int(1.5 * _GIB)
+
+
+def block_bytes(arch: ArchConfig, block_size: int, kv_head_dim: int, itemsize: int) -> int:
+    """Bytes of one block in all layers, K and V."""
+    return 2 * arch.num_layers * arch.num_kv_heads * block_size * kv_head_dim * itemsize
+
+
+def temporary_bytes(arch: ArchConfig, config: EngineConfig, itemsize: int) -> int:
+    """Estimate of the largest bucket's temporaries: the widest layer's activations, and the logits of all rows."""
+    tokens, rows = config.scheduler.max_num_batched_tokens, config.scheduler.max_num_seqs
+    qkv = (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
+    widest = max(3 * arch.intermediate_size, 2 * qkv + 3 * arch.num_heads * arch.head_dim) + 4 * arch.hidden_size
+    return tokens * widest * itemsize + 3 * rows * arch.vocab_size * 4
+
+
+def num_kv_blocks(config: EngineConfig, arch: ArchConfig, *, kv_head_dim: int, kv_itemsize: int, device: Any) -> int:
+    """Blocks to allocate, the null block included.
+
+    Raises:
+        OutOfMemoryError: Not even one request of max_model_len fits; the text names the numbers and the knob.
+    """
+    cache = config.cache
+    per_block = block_bytes(arch, cache.block_size, kv_head_dim, kv_itemsize)
+    if cache.num_gpu_blocks_override is not None:
+        blocks, source = cache.num_gpu_blocks_override, "num_gpu_blocks_override"
+    else:
+        available, source = _available_bytes(config, arch, kv_itemsize, device)
+        blocks = max(available, 0) // per_block
+    needed = math.ceil(config.model.max_model_len / cache.block_size) + 1
+    if blocks < needed:
+        fits = max(blocks - 1, 0) * cache.block_size
+        raise OutOfMemoryError(
+            f"The KV cache ({source}) has {blocks} blocks of {cache.block_size} tokens "
+            f"({blocks * per_block / _GIB:.2f} GiB, one of them the null block), but one request of "
+            f"max_model_len={config.model.max_model_len} tokens needs {needed} ({needed * per_block / _GIB:.2f} GiB). "
+            f"Lower max_model_len to at most {fits} or raise "
+            f"{'num_gpu_blocks_override' if cache.num_gpu_blocks_override is not None else _knob(config, device)}."
+        )
+    return blocks
+
+
+def _knob(config: EngineConfig, device: Any) -> str:
+    if device.platform == "cpu" or config.cache.kv_cache_memory_bytes is not None:
+        return "kv_cache_memory_bytes"
+    return "gpu_memory_utilization"
+
+
+def _available_bytes(config: EngineConfig, arch: ArchConfig, itemsize: int, device: Any) -> tuple[int, str]:
+    if (explicit := config.cache.kv_cache_memory_bytes) is not None:
+        return explicit, f"kv_cache_memory_bytes={explicit}"
+    if device.platform == "cpu":
+        return DEFAULT_CPU_KV_BYTES, f"kv_cache_memory_bytes={DEFAULT_CPU_KV_BYTES}, the default on the CPU"
+    stats = device.memory_stats()
+    limit, in_use = stats["bytes_limit"], stats["bytes_in_use"]
+    temporaries = temporary_bytes(arch, config, itemsize)
+    available = limit - in_use - temporaries - _AUTOTUNE_RESERVE
+    log.info(
+        "device memory: %.1f GiB usable, %.1f GiB in use by weights, %.1f GiB kept for temporaries, %.1f GiB for KV",
+        limit / _GIB,
+        in_use / _GIB,
+        (temporaries + _AUTOTUNE_RESERVE) / _GIB,
+        available / _GIB,
+    )
+    return available, f"gpu_memory_utilization={config.cache.gpu_memory_utilization}"
+
+
+def check_temporaries(compiled: Any, arch: ArchConfig, config: EngineConfig, itemsize: int) -> None:
+    """Warns when an executable needs more temporary memory than was kept for it."""
+    actual = compiled.memory_analysis().temp_size_in_bytes
+    kept = temporary_bytes(arch, config, itemsize) + _AUTOTUNE_RESERVE
+    if actual > kept:
+        log.warning(
+            "the largest step needs %.2f GiB of temporaries, %.2f GiB were kept: lower gpu_memory_utilization or "
+            "max_num_batched_tokens if it runs out of memory",
+            actual / _GIB,
+            kept / _GIB,
+        )
+
+
+def allocate(specs: Any, shardings: Any) -> Any:
+    """Zeros of `specs`, made on the device.
+
+    Raises:
+        OutOfMemoryError: The device has no room for them.
+    """
+    make = jax.jit(lambda: jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), specs), out_shardings=shardings)
+    try:
+        return jax.block_until_ready(make())
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        size = sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(specs))
+        raise OutOfMemoryError(
+            f"The device has no {size / _GIB:.2f} GiB left for the KV cache: lower gpu_memory_utilization or "
+            f"kv_cache_memory_bytes, or free what else this process holds on the device. ({e})"
+        ) from e

@@ -1,0 +1,166 @@
+"""Dispatches scheduled steps to the device. Everything that touches a device array on the serving path is here.
+
+The runner knows nothing of requests, blocks in use or policy: it turns a `SchedulerOutput` into two asynchronous calls
+and gives back a handle that yields a `StepOutput` once the device is done.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from vjax.errors import EngineStepError
+from vjax.messages import RowInit, SchedulerOutput, StepOutput
+from vjax.parallel.sharding import named_sharding
+from vjax.runner.executables import Executables
+from vjax.runner.memory import allocate
+from vjax.runner.packing import UpdateLayout
+from vjax.runner.rows import MAX_MASKED_IDS
+from vjax.sample.sampler import GREEDY_TEMPERATURE, Variant
+
+
+@dataclass(slots=True)
+class StepHandle:
+    """A dispatched step."""
+
+    step_id: int
+    num_sampled: int
+    #: i32 [R] on the device, on its way to the host; None when the step samples nothing.
+    tokens: Any
+    #: Ready when the forward has run.
+    done: Any
+
+    def result(self) -> StepOutput:
+        """Blocks until the step has run.
+
+        Raises:
+            EngineStepError: The device failed.
+        """
+        try:
+            if self.tokens is None:
+                self.done.block_until_ready()
+                return StepOutput(self.step_id, [])
+            return StepOutput(self.step_id, np.asarray(self.tokens)[: self.num_sampled].tolist())
+        except jax.errors.JaxRuntimeError as e:
+            raise EngineStepError(f"step {self.step_id} failed on the device: {e}") from e
+
+
+class ModelRunner:
+    """Weights, KV cache, rows and executables of one engine.
+
+    Args:
+        step: Functions and shapes.
+        leaves: Weights in the order of `model.leaf_names`; the runner owns them from here on.
+        executables: The compiled step; what is in it decides shapes and placement.
+    """
+
+    def __init__(self, leaves: tuple[jax.Array, ...], executables: Executables):
+        self.executables = executables
+        self.step = step = executables.step
+        self.mesh = executables.mesh
+        self._leaves = leaves
+        names = step.model.leaf_names
+        self._head = tuple(leaves[names.index(n)] for n in step.model.head_leaf_names)
+        # What the least sample program for each row is; row 0 never samples.
+        self._row_variant = np.zeros(step.geometry.max_num_seqs + 1, np.int8)
+        buckets = executables.buckets
+        self._layouts = {b: step.layout(b) for b in (*buckets.decode, *buckets.mixed)}
+        self.reset()
+
+    def reset(self) -> None:
+        """Allocates an empty KV cache and empty rows; what was there is gone."""
+        self._kv = self._rows = None
+        kv_sharding = named_sharding(self.mesh, (None, "kv_heads", None, None))
+        self._kv = allocate(self.step.kv_specs(), kv_sharding)
+        self._rows = allocate(self.step.row_specs(), named_sharding(self.mesh, ()))
+
+    def warm_up(self, repeats: int = 3) -> None:
+        """Runs every ready executable on an empty batch: command buffers record on the second run and replay from the
+        third on. Only the null row and the null block are written."""
+        for key in self.executables.all_keys():
+            compiled = self.executables.get_ready(key)
+            for _ in range(repeats if compiled is not None else 0):
+                self._run_empty(key, compiled)
+        jax.block_until_ready(self._rows)
+
+    def execute(self, scheduled: SchedulerOutput) -> StepHandle:
+        """Dispatches one step and returns at once.
+
+        Raises:
+            EngineStepError: The dispatch failed; the device state is lost and `reset` is due.
+        """
+        bucket, forward = self.executables.forward_for(scheduled.num_tokens, len(scheduled.rows))
+        layout = self._layouts[bucket]
+        fits = layout.fits(scheduled)
+        packed = layout.pack(scheduled, with_updates=fits)
+        variant = self._track_variants(scheduled)
+        sample = self.executables.sample_for(scheduled.num_sampled, variant) if scheduled.num_sampled else None
+        try:
+            self._write_ahead(scheduled, fits)
+            self._kv, self._rows, done = forward(self._leaves, self._kv, self._rows, packed)
+            tokens = None
+            if sample is not None:
+                self._rows, tokens = sample(self._head, self._rows)
+                tokens.copy_to_host_async()
+        except (jax.errors.JaxRuntimeError, RuntimeError) as e:
+            raise EngineStepError(f"step {scheduled.step_id} could not be dispatched: {e}") from e
+        return StepHandle(scheduled.step_id, scheduled.num_sampled, tokens, done)
+
+    def shutdown(self) -> None:
+        """Stops compilation and frees every device array. The pool itself goes back to the driver when the process
+        ends."""
+        self.executables.shutdown()
+        for array in jax.tree.leaves((self._leaves, self._head, self._kv, self._rows)):
+            if not array.is_deleted():
+                array.delete()
+        self._leaves = self._head = ()
+        self._kv = self._rows = None
+
+    # ---- details ------------------------------------------------------------------------------------------------
+
+    def _write_ahead(self, scheduled: SchedulerOutput, fits: bool) -> None:
+        """Row writes that the step's own buffer cannot carry."""
+        if not fits:
+            write = self.executables.update("write_rows")
+            for buffer in UpdateLayout().pack(scheduled):
+                self._rows = write(self._rows, buffer)
+        for init in scheduled.new_rows:
+            if init.masked_token_ids:
+                buffer = np.full(1 + MAX_MASKED_IDS, np.iinfo(np.int32).max, np.int32)
+                buffer[0] = init.row
+                buffer[1 : 1 + len(init.masked_token_ids)] = init.masked_token_ids
+                self._rows = self.executables.update("write_masked_ids")(self._rows, buffer)
+
+    def _track_variants(self, scheduled: SchedulerOutput) -> Variant:
+        """The least sample program that serves every sampling row of the step."""
+        for init in scheduled.new_rows:
+            self._row_variant[init.row] = row_variant(init)
+        if not scheduled.num_sampled:
+            return Variant.GREEDY
+        return Variant(int(self._row_variant[scheduled.rows[: scheduled.num_sampled]].max()))
+
+    def _run_empty(self, key: Any, compiled: Any) -> None:
+        if key in self._layouts:
+            packed = self._layouts[key].pack(SchedulerOutput(step_id=-1))
+            self._kv, self._rows, _ = compiled(self._leaves, self._kv, self._rows, packed)
+        elif key == "write_rows":
+            self._rows = compiled(self._rows, np.zeros(UpdateLayout().size, np.int32))
+        elif key == "write_masked_ids":
+            self._rows = compiled(self._rows, np.zeros(1 + MAX_MASKED_IDS, np.int32))
+        else:
+            self._rows, _ = compiled(self._head, self._rows)
+
+
+def row_variant(init: RowInit) -> Variant:
+    """The least sample program for one request."""
+    p = init.sampling_params
+    if p.min_tokens:
+        return Variant.MASKED
+    if p.temperature < GREEDY_TEMPERATURE:
+        return Variant.GREEDY
+    if p.top_k > 0 or p.top_p < 1 or p.min_p > 0:
+        return Variant.TRUNCATED
+    return Variant.RANDOM

@@ -1,0 +1,277 @@
+"""How the next token is drawn, and when a request ends: names, defaults and domains as in vLLM's `SamplingParams`."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from vjax.errors import VjaxValidationError
+from vjax.log import logger, warning_once
+
+#: Below this temperature a request is greedy.
+GREEDY_TEMPERATURE = 1e-5
+#: Positive temperatures below this one are raised to it: smaller ones overflow the scaled logits.
+MIN_TEMPERATURE = 0.01
+MAX_TEMPERATURE = 2.0
+#: Upper limit of `n`.
+MAX_N = 16384
+
+_log = logger("sampling_params")
+
+
+class RequestOutputKind(enum.Enum):
+    """What each `RequestOutput` of a request holds."""
+
+    #: Everything generated so far.
+    CUMULATIVE = 0
+    #: What is new since the last output.
+    DELTA = 1
+    #: One output, when the request is finished.
+    FINAL_ONLY = 2
+
+
+@dataclass(slots=True, repr=False)
+class SamplingParams:
+    """Sampling and stopping rules of one prompt.
+
+    Raises:
+        VjaxValidationError: A value is out of its domain, or belongs to a feature that does not work yet. The text
+            names the value, what is allowed and what to do.
+
+    Greedy (`temperature` 0) means that top_p, top_k and min_p have no effect: they are set to 1, 0 and 0.
+    """
+
+    #: Completions per prompt, 1..16384; must be 1 when greedy. Completion i is drawn with `seed + i`.
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    #: 0 (greedy) to 2; values in (0, 0.01) are raised to 0.01.
+    temperature: float = 1.0
+    #: Smallest set of tokens whose probability reaches this, in (0, 1]; 1 is off.
+    top_p: float = 1.0
+    #: Number of most probable tokens to draw from; 0 or -1 is off.
+    top_k: int = 0
+    #: Least probability relative to the most probable token's, after temperature, in [0, 1]; 0 is off.
+    min_p: float = 0.0
+    #: A 64-bit integer; None or -1: the engine draws one.
+    seed: int | None = None
+    #: Strings that end the text; a list after construction.
+    stop: str | list[str] | None = None
+    #: Token ids that end the request and stay in `token_ids`; a list without repetitions after construction.
+    stop_token_ids: list[int] | None = None
+    #: Go on after an end-of-sequence token, generation_config.json's further ones included.
+    ignore_eos: bool = False
+    #: At least 1; None: as many as fit in the model's context.
+    max_tokens: int | None = 16
+    #: Before this many tokens EOS and `stop_token_ids` cannot be drawn and `stop` is not searched.
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logprob_token_ids: list[int] | None = None
+    prompt_logprob_token_ids: list[int] | None = None
+    prompt_logprob_start: int | None = None
+    flat_logprobs: bool = False
+    #: False: `text` stays empty; `stop` then cannot be used.
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    stream_interval: int | None = None
+    structured_outputs: Any = None
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    skip_reading_prefix_cache: bool | None = None
+    thinking_token_budget: int | None = None
+    repetition_detection: Any = None
+    extra_args: dict[str, Any] | None = None
+    watermarking: Any = None
+    routed_experts_prompt_start: int | None = None
+    trace_decode_token_ids: list[int] | None = None
+    skip_clone: bool = False
+
+    def __post_init__(self) -> None:
+        self._refuse_unsupported()
+        self._check_sampling()
+        self._check_lengths()
+        self._check_text_options()
+        if self.is_greedy:
+            self._make_greedy()
+
+    @classmethod
+    def from_optional(cls, **fields: Any) -> SamplingParams:
+        """Like the constructor, but None means the default for every field (`max_tokens` 16 included).
+
+        Raises:
+            VjaxValidationError: As the constructor.
+            TypeError: A name is not a field.
+        """
+        return cls(**{name: value for name, value in fields.items() if value is not None})
+
+    def __repr__(self) -> str:
+        """The fields that differ from their defaults."""
+        shown = [f"{name}={value!r}" for name, default in _REPR_DEFAULTS if (value := getattr(self, name)) != default]
+        return f"SamplingParams({', '.join(shown)})"
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < GREEDY_TEMPERATURE
+
+    @property
+    def all_stop_token_ids(self) -> frozenset[int]:
+        """`stop_token_ids` as a set, built on each call."""
+        return frozenset(self.stop_token_ids or ())
+
+    def clone(self) -> SamplingParams:
+        """A copy that shares no list with the original. Values assigned after construction are validated here."""
+        return dataclasses.replace(self)
+
+    def add_stop_token_ids(self, token_ids: Iterable[int]) -> None:
+        """Appends ids that are not there yet; used for the further EOS ids of generation_config.json."""
+        present = self.stop_token_ids or []
+        self.stop_token_ids = list(dict.fromkeys([*present, *token_ids]))
+
+    def _refuse_unsupported(self) -> None:
+        for name, default in _UNSUPPORTED.items():
+            value = getattr(self, name)
+            if value is default or (name in _EMPTY_IS_DEFAULT and not value):
+                setattr(self, name, default)
+                continue
+            if type(value) in (bool, int, float) and type(default) in (bool, int, float) and value == default:
+                continue
+            raise _error(name, value, f"is not supported yet; leave it at its default {default!r}")
+
+    def _check_sampling(self) -> None:
+        self.n = _int(self, "n", 1, MAX_N, "ask for fewer completions per prompt, or pass the prompt more often")
+        self.temperature = _float(
+            self, "temperature", 0.0, MAX_TEMPERATURE, "use 0 for greedy decoding, about 0.7 to 1 for sampling"
+        )
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            warning_once(
+                _log,
+                f"temperature={self.temperature} is raised to {MIN_TEMPERATURE}, "
+                "since smaller values overflow; use 0 for greedy decoding",
+            )
+            self.temperature = MIN_TEMPERATURE
+        self.top_p = _float(self, "top_p", 0.0, 1.0, "use 1 to switch it off", low_open=True)
+        self.top_k = max(_int(self, "top_k", -1, None, "use 0 to switch it off"), 0)
+        self.min_p = _float(self, "min_p", 0.0, 1.0, "use 0 to switch it off")
+        if self.seed is not None:
+            seed = _int(self, "seed", -(2**63), 2**63 - 1, "use None to have one drawn")
+            self.seed = None if seed == -1 else seed
+
+    def _check_lengths(self) -> None:
+        if self.max_tokens is not None:
+            hint = "use None for as many tokens as fit in the model's context"
+            self.max_tokens = _int(self, "max_tokens", 1, None, hint)
+        self.min_tokens = _int(self, "min_tokens", 0, None, "use 0 for no lower limit")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            allowed = f"must be at most max_tokens={self.max_tokens}; lower min_tokens or raise max_tokens"
+            raise _error("min_tokens", self.min_tokens, allowed)
+
+    def _check_text_options(self) -> None:
+        for name in _BOOLEANS:
+            if not isinstance(getattr(self, name), bool):
+                raise _error(name, getattr(self, name), "must be True or False")
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise _error(
+                "output_kind", self.output_kind, "must be a RequestOutputKind, such as RequestOutputKind.DELTA"
+            )
+        self.stop = _strings("stop", self.stop)
+        if self.stop and not self.detokenize:
+            allowed = "needs detokenize=True, since stop strings are found in the text; use stop_token_ids instead"
+            raise _error("stop", self.stop, allowed)
+        self.stop_token_ids = _token_ids("stop_token_ids", self.stop_token_ids)
+
+    def _make_greedy(self) -> None:
+        if self.n > 1:
+            allowed = f"must be 1 with temperature={self.temperature}, where all completions would be the same; "
+            raise _error("n", self.n, allowed + "set n=1 or a temperature above 0")
+        self.top_p, self.top_k, self.min_p = 1.0, 0, 0.0
+
+
+_BOOLEANS = (
+    "ignore_eos",
+    "detokenize",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "include_stop_str_in_output",
+)
+
+_SUPPORTED = {"n", "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "min_tokens"}
+_SUPPORTED |= {"stop", "stop_token_ids", "output_kind", *_BOOLEANS}
+_UNSUPPORTED = {f.name: f.default for f in dataclasses.fields(SamplingParams) if f.name not in _SUPPORTED}
+#: Defaults as they are after construction.
+_REPR_DEFAULTS = [
+    (f.name, [] if f.name in ("stop", "stop_token_ids") else f.default) for f in dataclasses.fields(SamplingParams)
+]
+#: Fields where an empty value asks for nothing.
+_EMPTY_IS_DEFAULT = {"bad_words", "logit_bias", "extra_args", "skip_reading_prefix_cache"}
+
+
+def _error(name: str, value: object, what: str) -> VjaxValidationError:
+    return VjaxValidationError(f"{name}={value!r} {what}.", parameter=name, value=value)
+
+
+def _range(low: float | None, high: float | None, low_open: bool = False) -> str:
+    if high is None:
+        return f"at least {low}"
+    return f"in {'(' if low_open else '['}{low}, {high}]"
+
+
+def _int(params: SamplingParams, name: str, low: int, high: int | None, hint: str) -> int:
+    value = getattr(params, name)
+    number = None if isinstance(value, bool) else _as_index(value)
+    if number is None or number < low or (high is not None and number > high):
+        raise _error(name, value, f"must be an integer {_range(low, high)}; {hint}")
+    return number
+
+
+def _as_index(value: Any) -> int | None:
+    try:
+        return value.__index__()
+    except (AttributeError, TypeError):
+        return None
+
+
+def _float(params: SamplingParams, name: str, low: float, high: float, hint: str, low_open: bool = False) -> float:
+    value = getattr(params, name)
+    try:
+        number = math.nan if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    inside = low < number <= high if low_open else low <= number <= high
+    if not inside:
+        raise _error(name, value, f"must be a number {_range(low, high, low_open)}; {hint}")
+    return number
+
+
+def _strings(name: str, value: Any) -> list[str]:
+    strings = [value] if isinstance(value, str) else value
+    if strings is None:
+        return []
+    if not isinstance(strings, (list, tuple)) or not all(isinstance(s, str) for s in strings):
+        raise _error(name, value, "must be a string or a list of strings")
+    if "" in strings:
+        raise _error(name, value, "contains an empty string, which would match everywhere; remove it")
+    return list(strings)
+
+
+def _token_ids(name: str, value: Any) -> list[int]:
+    if value is None:
+        return []
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise _error(name, value, "must be a list of token ids")
+    ids = []
+    for item in value:
+        number = None if isinstance(item, bool) else _as_index(item)
+        if number is None or number < 0:
+            raise _error(name, value, f"must be a list of token ids (integers at least 0); {item!r} is not one")
+        ids.append(number)
+    return list(dict.fromkeys(ids))

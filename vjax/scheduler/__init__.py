@@ -1,0 +1,1 @@
+"""Decides which request computes how many tokens in each step. No jax."""

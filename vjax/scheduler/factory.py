@@ -1,0 +1,14 @@
+"""Picks the batching policy that the config asks for."""
+
+from __future__ import annotations
+
+from vjax.config.cache import CacheConfig
+from vjax.config.scheduler import SchedulerConfig
+from vjax.scheduler.batching import ContinuousBatching
+from vjax.scheduler.scheduler import Scheduler
+from vjax.scheduler.static_batch import StaticBatch
+
+
+def make_scheduler(config: SchedulerConfig, cache: CacheConfig) -> Scheduler:
+    """V0's scheduler for `config.static_batch`, else V1's. `cache.num_gpu_blocks` must be known."""
+    return Scheduler(config, cache, StaticBatch() if config.static_batch else ContinuousBatching())

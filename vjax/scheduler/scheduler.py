@@ -1,0 +1,260 @@
+"""The scheduler: which request computes how many tokens in each step, and what becomes of the tokens that come back.
+
+Asynchronous scheduling needs nothing of its own here. `schedule` moves the counters of a request as if the step were
+done, with placeholders for the tokens that it will sample, so it may be called again before `update`; tokens arrive
+later, in the order of the steps. The three ways in which a step can be lost have a method each: `unschedule` (it was
+never dispatched), `fail_step` (the device failed it), `reset_prefix_cache` (its tokens are not wanted any more).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from vjax.config.cache import CacheConfig
+from vjax.config.scheduler import SchedulerConfig
+from vjax.errors import VjaxValidationError
+from vjax.messages import EngineOutput, EngineRequest, SchedulerOutput, StepOutput
+from vjax.request import Request
+from vjax.scheduler.batching import BatchingPolicy
+from vjax.scheduler.state import SchedulerState
+from vjax.scheduler.stats import SchedulerStats
+from vjax.scheduler.step import StepBuilder
+
+
+class Scheduler:
+    """Owns all requests and KV blocks of an engine. Not thread-safe: one thread calls it.
+
+    Args:
+        config: Limits and policy.
+        cache: `num_gpu_blocks` must be known.
+        policy: How steps are filled; `make_scheduler` picks it.
+    """
+
+    def __init__(self, config: SchedulerConfig, cache: CacheConfig, policy: BatchingPolicy):
+        budget, max_len = config.max_num_batched_tokens, config.max_model_len
+        assert config.enable_chunked_prefill or budget >= max_len, "a whole prompt must fit into the budget"
+        self._config = config
+        self._policy = policy
+        self._state = SchedulerState(config, cache)
+        self._next_step_id = 0
+        self._num_added = 0
+
+    # Requests in and out
+
+    def add(self, request: EngineRequest) -> None:
+        """Queues a request.
+
+        Raises:
+            VjaxValidationError: The id is in use, or the request could not run even if it were alone.
+        """
+        self._validate(request)
+        added = Request.from_engine_request(request, self._config.max_model_len)
+        added.sequence_number = self._num_added
+        self._num_added += 1
+        self._state.requests[added.request_id] = added
+        self._state.waiting.add(added)
+
+    def abort(self, request_ids: Iterable[str]) -> list[str]:
+        """Ends requests at once and returns the ids that were alive; tokens still in flight for them are dropped."""
+        aborted = []
+        for request_id in request_ids:
+            request = self._state.requests.get(request_id)
+            if request is not None:
+                self._state.finish(request, "abort")
+                aborted.append(request_id)
+        if aborted:
+            self._state.drop_finished()
+        return aborted
+
+    # Steps
+
+    def schedule(self) -> SchedulerOutput:
+        """The next step; `rows` is empty when there is nothing to do until a step in flight returns, or at all."""
+        step = StepBuilder(self._config.max_num_batched_tokens)
+        self._policy.fill(self._state, step)
+        step_id = self._next_step_id
+        if step.is_empty:
+            return SchedulerOutput(step_id)
+        self._next_step_id += 1
+        scheduled, self._state.in_flight[step_id] = step.build(step_id)
+        return scheduled
+
+    def update(self, scheduled: SchedulerOutput, output: StepOutput) -> list[EngineOutput]:
+        """Hands the tokens of the oldest step in flight to their requests and ends those that are done.
+
+        One output per request that got a token, in the order of the step; none for requests that have ended meanwhile.
+        """
+        state, step_id = self._state, scheduled.step_id
+        assert next(iter(state.in_flight)) == step_id == output.step_id, "steps return in the order of execution"
+        step = state.in_flight.pop(step_id)
+        requests, block_size = step.sampling_requests(), state.kv.block_size
+        if not requests:
+            return []  # Partial prefills only, or dropped by a reset.
+        outputs: list[EngineOutput] = []
+        num_finished = 0
+        for request, token_id in zip(requests, output.sampled_token_ids, strict=True):
+            if request.finish_reason is not None:
+                continue
+            request.num_placeholders -= 1
+            token_ids = request.token_ids
+            token_ids.append(token_id)
+            num_tokens = len(token_ids)
+            if num_tokens == request.num_prompt_tokens + 1:
+                state.stats.prompt_tokens += request.num_prompt_tokens
+            if token_id in request.stop_ids or num_tokens >= request.max_num_tokens:
+                self._finish_with(request, token_id)
+                num_finished += 1
+            elif num_tokens % block_size == 0:
+                state.kv.cache_full_blocks(request)
+            ended, why = request.finish_reason, request.stop_reason
+            outputs.append(EngineOutput(request.request_id, [token_id], ended, why, request.num_cached_tokens or 0))
+        state.stats.generation_tokens += len(outputs)
+        if num_finished:
+            state.drop_finished()
+        return outputs
+
+    def unschedule(self, scheduled: SchedulerOutput) -> None:
+        """Takes back the latest step, which was never dispatched; nothing else may have been called since `schedule`.
+
+        Requests that the step admitted wait again. Those that it preempted stay preempted.
+        """
+        state = self._state
+        assert next(reversed(state.in_flight)) == scheduled.step_id, "only the latest step can be taken back"
+        step = state.in_flight.pop(scheduled.step_id)
+        first_new_column = {id(request): first for request, first in step.grown}
+        for index, request in enumerate(step.requests):
+            request.num_computed_tokens -= scheduled.num_scheduled_tokens[index]
+            request.num_placeholders -= index < step.num_sampled
+            state.kv.take_back(request, first_new_column.get(id(request), len(request.block_ids)))
+        for request in reversed(step.admitted):
+            state.stop(request)
+        for request in step.first_admitted:
+            self._forget_admission(request)
+
+    def fail_step(self, scheduled: Sequence[SchedulerOutput], error: str) -> list[EngineOutput]:
+        """The device failed a step and the KV cache is lost.
+
+        Args:
+            scheduled: The failed step, then every step that was in flight behind it.
+            error: What happened, for the users of the failed step's requests.
+
+        Returns:
+            The end, with finish_reason "error", of each request that was in the failed step. All others go on: those
+            that ran are preempted, and the prefix cache is empty.
+        """
+        state = self._state
+        lost = [s.step_id for s in scheduled]
+        assert lost and list(state.in_flight)[-len(lost) :] == lost, "steps behind a failed one are lost as well"
+        steps = [state.in_flight.pop(step_id) for step_id in lost]
+        for step in steps:
+            for request in step.sampling_requests():
+                request.num_placeholders -= 1
+        failed = [request for request in steps[0].requests if not request.is_finished]
+        for request in failed:
+            state.finish(request, "error")
+        state.drop_finished()
+        for request in reversed(state.running):
+            state.preempt(request)
+        assert state.kv.pool.reset(), "nobody runs, so nobody holds blocks"
+        return [EngineOutput(r.request_id, [], "error", None, r.num_cached_tokens or 0, error) for r in failed]
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
+        """Forgets all cached blocks. False, and no change, while requests hold blocks.
+
+        Args:
+            reset_running_requests: Preempt the running requests first and drop the tokens in flight; they are computed
+                again.
+
+        Raises:
+            RuntimeError: Blocks are held though nothing runs.
+        """
+        state = self._state
+        if reset_running_requests:
+            for request in reversed(state.running):
+                state.preempt(request)
+            for request in state.waiting:
+                request.num_placeholders = 0
+            for step in state.in_flight.values():
+                step.drop()
+        done = state.kv.pool.reset()
+        if reset_running_requests and not done:
+            raise RuntimeError("The prefix cache cannot be reset: KV blocks are held though no request runs.")
+        return done
+
+    # What can be seen from outside
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._state.requests)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._state.running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._state.waiting)
+
+    def stats(self) -> SchedulerStats:
+        """A snapshot."""
+        return replace(
+            self._state.stats,
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            kv_cache_usage=self._state.kv.pool.usage,
+        )
+
+    def check_integrity(self) -> None:
+        """Asserts the consistency of requests, rows, blocks, hashes and free list. For tests: it reads everything."""
+        self._state.check_integrity()
+
+    # Helpers
+
+    def _validate(self, request: EngineRequest) -> None:
+        kv, max_len = self._state.kv, self._config.max_model_len
+        num_prompt, max_tokens = len(request.prompt_token_ids), request.sampling_params.max_tokens
+        assert max_tokens is not None
+        if request.request_id in self._state.requests:
+            raise VjaxValidationError(
+                f"The request id {request.request_id!r} belongs to a request that is not finished; use another one.",
+                parameter="request_id",
+                value=request.request_id,
+            )
+        if num_prompt == 0:
+            message = "The decoder prompt cannot be empty; pass at least one token."
+            raise VjaxValidationError(message, parameter="prompt")
+        if num_prompt + 1 > max_len:
+            raise VjaxValidationError(
+                f"The decoder prompt (length {num_prompt}) plus the number of requested output tokens (at least 1) is "
+                f"longer than the maximum model length of {max_len}; shorten the prompt or raise max_model_len.",
+                parameter="prompt",
+                value=num_prompt,
+            )
+        # The KV of the last token is never written.
+        num_blocks = kv.blocks_for(min(num_prompt + max_tokens, max_len) - 1)
+        if num_blocks > kv.pool.num_blocks - 1:
+            raise VjaxValidationError(
+                f"The prompt (length {num_prompt}) and max_tokens={max_tokens} need {num_blocks} KV blocks of "
+                f"{kv.block_size} tokens, and the cache has {kv.pool.num_blocks - 1}: the request could never finish. "
+                "Lower max_tokens, or enlarge the cache (gpu_memory_utilization, kv_cache_memory_bytes or "
+                "num_gpu_blocks_override).",
+                parameter="max_tokens",
+                value=max_tokens,
+            )
+
+    def _finish_with(self, request: Request, token_id: int) -> None:
+        """Ends a request at its last token: EOS first, then stop tokens, then length."""
+        if token_id == request.eos_token_id:
+            self._state.finish(request, "stop")
+        elif token_id in request.stop_ids:
+            self._state.finish(request, "stop", token_id)
+        else:
+            self._state.finish(request, "length")
+
+    def _forget_admission(self, request: Request) -> None:
+        stats = self._state.stats
+        if self._state.kv.pool.enable_caching:
+            stats.prefix_cache_queries -= request.num_tokens
+            stats.prefix_cache_hits -= request.num_cached_tokens or 0
+        request.num_cached_tokens = request.first_scheduled_time = None

@@ -1,0 +1,105 @@
+"""Where every request is, and the moves between the places: waiting, running (with a row and blocks), finished."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from vjax.config.cache import CacheConfig
+from vjax.config.scheduler import SchedulerConfig
+from vjax.kv.manager import KVCacheManager
+from vjax.request import Request, RequestStatus
+from vjax.scheduler.queue import FCFSQueue, PriorityQueue, RequestQueue, priority_key
+from vjax.scheduler.stats import SchedulerStats
+from vjax.scheduler.step import InFlightStep
+
+
+class SchedulerState:
+    """Live requests, the resources that they hold, and the steps in flight.
+
+    A running request has a device row and blocks; a waiting one has neither, though steps in flight may still owe it
+    tokens. Steps execute in order, so what a request held can be given away at once, whatever is in flight.
+    """
+
+    def __init__(self, config: SchedulerConfig, cache: CacheConfig):
+        self.config = config
+        self.kv = KVCacheManager(cache.num_gpu_blocks, cache.block_size, cache.enable_prefix_caching)
+        self.requests: dict[str, Request] = {}
+        self.running: list[Request] = []
+        self.waiting: RequestQueue = PriorityQueue() if config.policy == "priority" else FCFSQueue()
+        #: Taken from the end: low rows first.
+        self.free_rows = list(range(config.max_num_seqs, 0, -1))
+        #: By step id, in order of execution.
+        self.in_flight: dict[int, InFlightStep] = {}
+        self.stats = SchedulerStats()
+
+    def start(self, request: Request, num_cached_tokens: int) -> None:
+        """Waiting (and already popped from the queue) to running; its cached blocks are held already."""
+        request.status = RequestStatus.RUNNING
+        request.row = self.free_rows.pop()
+        request.num_computed_tokens = num_cached_tokens
+        request.num_prefill_tokens = request.num_tokens
+        self.running.append(request)
+
+    def preempt(self, request: Request) -> None:
+        """Running to waiting: its KV is given up, to be computed again; its tokens stay."""
+        request.num_preemptions += 1
+        self.stats.num_preemptions += 1
+        self.stop(request)
+
+    def stop(self, request: Request) -> None:
+        """Running to waiting, ahead of its equals."""
+        self._release(request)
+        if self.running[-1] is request:
+            self.running.pop()
+        else:
+            self.running.remove(request)
+        request.num_computed_tokens = 0
+        request.status = RequestStatus.PREEMPTED if request.num_preemptions else RequestStatus.WAITING
+        self.waiting.put_back(request)
+
+    def finish(self, request: Request, reason: str, stop_reason: int | None = None) -> None:
+        """From anywhere to finished. `drop_finished` must follow."""
+        if request.row:
+            self._release(request)
+        request.status = RequestStatus.FINISHED
+        request.finish_reason = reason
+        request.stop_reason = stop_reason
+        del self.requests[request.request_id]
+
+    def drop_finished(self) -> None:
+        """Removes finished requests from where they ran or waited, in one pass."""
+        self.running = [request for request in self.running if request.row]
+        if len(self.running) + len(self.waiting) != len(self.requests):
+            self.waiting.drop_finished()
+
+    def victim(self) -> Request:
+        """The running request to preempt next."""
+        if self.config.policy == "priority":
+            return max(self.running, key=priority_key)
+        return self.running[-1]
+
+    def _release(self, request: Request) -> None:
+        self.kv.free(request)
+        self.free_rows.append(request.row)
+        request.row = 0
+
+    def check_integrity(self) -> None:
+        """Asserts everything that must hold between any two calls of the scheduler."""
+        running, waiting = self.running, list(self.waiting)
+        live = {id(request) for request in running + waiting}
+        assert len(live) == len(running) + len(waiting), "a request is in two places"
+        assert live == {id(request) for request in self.requests.values()}, "a live request is nowhere"
+        assert all(request.request_id == key for key, request in self.requests.items())
+
+        rows = [request.row for request in running]
+        assert sorted(rows + self.free_rows) == list(range(1, self.config.max_num_seqs + 1)), "rows are lost or shared"
+        owed = Counter(id(r) for step in self.in_flight.values() for r in step.sampling_requests())
+        for request in running + waiting:
+            is_running = request.row > 0
+            assert (request.status is RequestStatus.RUNNING) == is_running
+            assert is_running or not (request.block_ids or request.num_computed_tokens), "a waiting request holds KV"
+            assert request.num_placeholders == owed[id(request)], "placeholders differ from the tokens in flight"
+            num_tokens = request.num_tokens + request.num_placeholders
+            assert num_tokens <= request.max_num_tokens and request.num_tokens < request.max_num_tokens
+            assert request.num_computed_tokens < num_tokens, "nothing is left to compute"
+        self.kv.check_integrity(running)

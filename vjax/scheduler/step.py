@@ -1,0 +1,118 @@
+"""One step while it is being put together, and what is remembered of it until its tokens arrive."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vjax.messages import LAST_SAMPLED, RowInit, SchedulerOutput
+from vjax.request import Request
+
+
+@dataclass(slots=True)
+class InFlightStep:
+    """A scheduled step whose output has not arrived. It holds requests, not ids: an id may be used again."""
+
+    #: In the order of `SchedulerOutput.rows`.
+    requests: list[Request]
+    num_sampled: int
+    #: Requests that got blocks, with the first new column of their block tables.
+    grown: list[tuple[Request, int]]
+    #: Requests that got a row.
+    admitted: list[Request]
+    #: Those of `admitted` that never had one before.
+    first_admitted: list[Request]
+
+    def sampling_requests(self) -> list[Request]:
+        return self.requests[: self.num_sampled]
+
+    def drop(self) -> None:
+        """The step's tokens, when they arrive, belong to nobody."""
+        self.requests = self.admitted = self.first_admitted = []
+        self.grown = []
+
+
+class StepBuilder:
+    """Collects the sequences of a step in the three groups of `SchedulerOutput`.
+
+    A request's counters move when it is added: a request that is added is, for everything scheduled later, as far as
+    the device will be once this step is done.
+    """
+
+    def __init__(self, budget: int):
+        #: Tokens that the step may still take.
+        self.budget = budget
+        self.decodes: list[Request] = []
+        self.prefills: list[Request] = []
+        self.partials: list[Request] = []
+        #: Number of tokens of each request in `prefills` and `partials`; it is 1 in `decodes`.
+        self.chunks: dict[Request, int] = {}
+        self.grown: list[tuple[Request, int]] = []
+        self.admitted: list[Request] = []
+        self.first_admitted: list[Request] = []
+        #: Whether a request lost its blocks for this step.
+        self.preempted = False
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.decodes or self.chunks)
+
+    def add(self, request: Request, n: int) -> None:
+        """Schedules the next `n` tokens; a request that thereby reaches its end samples a token."""
+        self.budget -= n
+        computed = request.num_computed_tokens + n
+        request.num_computed_tokens = computed
+        samples = computed == len(request.token_ids) + request.num_placeholders
+        if samples:
+            request.num_placeholders += 1
+            if n == 1:
+                self.decodes.append(request)
+                return
+        self.chunks[request] = n
+        (self.prefills if samples else self.partials).append(request)
+
+    def remove(self, request: Request) -> None:
+        """Takes back `add`, if it was called for this request."""
+        for group in (self.decodes, self.prefills, self.partials):
+            if request in group:
+                group.remove(request)
+                n = self.chunks.pop(request, 1)
+                self.budget += n
+                request.num_computed_tokens -= n
+                request.num_placeholders -= group is not self.partials
+                self.grown = [entry for entry in self.grown if entry[0] is not request]
+                return
+
+    def build(self, step_id: int) -> tuple[SchedulerOutput, InFlightStep]:
+        decodes, chunked = self.decodes, self.prefills + self.partials
+        requests = decodes + chunked
+        # A decode's only placeholder is the token that it is about to sample, unless the one that it reads is one too.
+        token_ids = [r.token_ids[-1] if r.num_placeholders == 1 else LAST_SAMPLED for r in decodes]
+        counts = [self.chunks[request] for request in chunked]
+        for request, n in zip(chunked, counts, strict=True):
+            token_ids += request.token_ids[request.num_computed_tokens - n : request.num_computed_tokens]
+        scheduled = SchedulerOutput(
+            step_id=step_id,
+            rows=[request.row for request in requests],
+            num_scheduled_tokens=[1] * len(decodes) + counts,
+            token_ids=token_ids,
+            num_decodes=len(decodes),
+            num_sampled=len(decodes) + len(self.prefills),
+            new_rows=[self._row_init(request) for request in self.admitted],
+        )
+        for request, first in self.grown:
+            blocks = request.block_ids[first:]
+            scheduled.block_rows += [request.row] * len(blocks)
+            scheduled.block_columns += range(first, first + len(blocks))
+            scheduled.block_ids += blocks
+        step = InFlightStep(requests, scheduled.num_sampled, self.grown, self.admitted, self.first_admitted)
+        return scheduled, step
+
+    def _row_init(self, request: Request) -> RowInit:
+        params = request.sampling_params
+        return RowInit(
+            row=request.row,
+            num_computed_tokens=request.num_computed_tokens - self.chunks.get(request, 1),
+            sampling_params=params,
+            num_prompt_tokens=request.num_prompt_tokens,
+            masked_token_ids=tuple(sorted(request.stop_ids)) if params.min_tokens > 0 else (),
+        )

@@ -1,0 +1,1 @@
+"""V1 under the import path that vLLM users know."""

@@ -1,0 +1,128 @@
+"""Joins a model's weight rules with a checkpoint's tensor names and shapes. No jax, no tensor data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from vjax.errors import ModelLoadError
+from vjax.models.weight_rules import WeightRule
+from vjax.weights.packing import PACKERS, Shape
+
+#: safetensors dtypes that are converted to the model's.
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+#: Tensors that old exporters wrote and that are recomputed here.
+HARMLESS = re.compile(r".*\.rotary_emb\.inv_freq$")
+
+#: Problems that one error message lists.
+_MAX_LISTED = 20
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as a safetensors header describes it."""
+
+    shape: Shape
+    #: As safetensors spells it, e.g. "BF16".
+    dtype: str
+    #: File that holds it, relative to the model directory.
+    file: str = ""
+
+
+@dataclass(frozen=True)
+class LeafSources:
+    """Where one leaf comes from."""
+
+    leaf: str
+    packing: str
+    #: Tensor names in packing order: one tuple, or one per layer when the leaf stacks layers.
+    groups: tuple[tuple[str, ...], ...]
+    stacked: bool
+    #: Expected shape of each tensor of a group.
+    shapes: tuple[Shape, ...]
+    #: Shape of the leaf, without the stacking axis.
+    packed_shape: Shape
+
+
+def leaf_sources(
+    rules: Sequence[WeightRule], leaf_shapes: Mapping[str, Shape], num_layers: int
+) -> dict[str, LeafSources]:
+    """leaf name -> its sources, for every leaf of the model; rules for leaves that the model lacks are dropped."""
+    found: dict[str, LeafSources] = {}
+    for rule in rules:
+        stacked = "{layer}" not in rule.leaf and any("{layer}" in source for source in rule.sources)
+        layers = [str(layer) for layer in range(num_layers)]
+        groups = [tuple(source.replace("{layer}", layer) for source in rule.sources) for layer in layers]
+        if stacked:
+            instances = {rule.leaf: tuple(groups)}
+        elif "{layer}" in rule.leaf:
+            instances = {rule.leaf.replace("{layer}", layer): (groups[int(layer)],) for layer in layers}
+        else:
+            instances = {rule.leaf: (rule.sources,)}
+        for leaf, leaf_groups in instances.items():
+            if leaf not in leaf_shapes:
+                continue
+            assert leaf not in found, f"two weight rules fill {leaf}"
+            packed_shape = leaf_shapes[leaf][1:] if stacked else leaf_shapes[leaf]
+            shapes = PACKERS[rule.packing].source_shapes(packed_shape)
+            assert len(shapes) == len(rule.sources), rule
+            found[leaf] = LeafSources(leaf, rule.packing, leaf_groups, stacked, shapes, packed_shape)
+    assert found.keys() == leaf_shapes.keys(), f"no weight rule fills {sorted(leaf_shapes.keys() - found.keys())}"
+    return found
+
+
+def check_tensors(
+    sources: Mapping[str, LeafSources], tensors: Mapping[str, TensorInfo], *, tied: bool, where: str
+) -> None:
+    """Compares what the leaves need with what the checkpoint holds.
+
+    Args:
+        sources: From `leaf_sources`.
+        tensors: Name -> info of every tensor of the checkpoint.
+        tied: The head is the embedding, so that a copy of it, lm_head.weight, is no surprise.
+        where: Name of the checkpoint, for the message.
+
+    Raises:
+        ModelLoadError: Lists all missing, unexpected and mis-shaped tensors, and those whose dtype is no float.
+    """
+    expected = {
+        name: shape
+        for leaf in sources.values()
+        for group in leaf.groups
+        for name, shape in zip(group, leaf.shapes, strict=True)
+    }
+    missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in tensors]
+    unexpected = [
+        f"{name} {list(info.shape)}"
+        for name, info in tensors.items()
+        if name not in expected and not HARMLESS.match(name) and not (tied and name == "lm_head.weight")
+    ]
+    misshaped = [
+        f"{name}: {list(tensors[name].shape)} in the checkpoint, {list(shape)} from config.json"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    dtypes = [
+        f"{name}: {tensors[name].dtype}"
+        for name in expected
+        if name in tensors and tensors[name].dtype not in FLOAT_DTYPES
+    ]
+    problems = [
+        _listed("missing tensors", missing),
+        _listed("unexpected tensors", unexpected),
+        _listed("tensors of a wrong shape", misshaped),
+        _listed(f"tensors whose dtype is not one of {', '.join(FLOAT_DTYPES)}", dtypes),
+    ]
+    if any(problems):
+        raise ModelLoadError(f"The weights in {where} do not fit the model:\n" + "\n".join(filter(None, problems)))
+
+
+def _listed(title: str, items: list[str]) -> str:
+    if not items:
+        return ""
+    shown = items[:_MAX_LISTED]
+    if len(items) > len(shown):
+        shown = [*shown, f"and {len(items) - len(shown)} more"]
+    return f"{len(items)} {title}:\n  " + "\n  ".join(shown)
