@@ -42,12 +42,10 @@ class Scale:
     temperature: float = 0.8
 
 
-FULL = Scale(
-    TrainSettings(), keep_every=1, headers=200, samples_per_header=2, max_prompt_tokens=256, new_tokens=256
-)
+FULL = Scale(TrainSettings(), keep_every=1, headers=200, samples_per_header=2, max_prompt_tokens=256, new_tokens=256)
 SMOKE = Scale(
     TrainSettings(steps=20, batch_size=4, window=128, warmup_steps=5, checkpoint_every=10),
-    keep_every=40,
+    keep_every=16,
     headers=4,
     samples_per_header=1,
     max_prompt_tokens=96,
@@ -150,7 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=Path(".tiny"), help="prepared text and tokenizer")
     parser.add_argument("--work", type=Path, default=Path(".tiny/work"), help="checkpoints and measurements")
     parser.add_argument("--out", type=Path, default=Path(".tiny/vjax-tiny"), help="the exported model")
-    parser.add_argument("--steps", type=int, help="training steps (default 3000, 20 with --smoke)")
+    parser.add_argument("--steps", type=int, help="training steps (default 2400, 20 with --smoke)")
     parser.add_argument("--smoke", action="store_true", help="a trial on little text")
     options = parser.parse_args(arguments)
     scale = SMOKE if options.smoke else FULL

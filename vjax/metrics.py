@@ -70,7 +70,7 @@ class EngineMetrics:
     """Collects what a step did; `snapshot` is what `LLM.get_metrics` returns."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
-        self._num_finished: dict[str, int] = {reason: 0 for reason in FINISH_REASONS}
+        self._num_finished: dict[str, int] = dict.fromkeys(FINISH_REASONS, 0)
         self._iteration_tokens = _TokenHistogram()
         self._num_tokens = 0
         self._throughput = ThroughputLogger(clock)

@@ -87,7 +87,7 @@ def read_library(root: Path, keep_every: int = 1) -> list[SourceFile]:
 
     Args:
         root: The library's folder.
-        keep_every: Keep one file in so many, on either side of the split (for quick trials).
+        keep_every: For quick trials: keep one training file in so many, and twice that share of the held-out files.
     """
     files: dict[str, SourceFile] = {}
     for path in sorted(root.rglob("*.py")):
@@ -103,7 +103,7 @@ def read_library(root: Path, keep_every: int = 1) -> list[SourceFile]:
             files.setdefault(digest, SourceFile(relative.as_posix(), text, digest))
     ordered = sorted(files.values(), key=lambda file: file.digest)
     training = [file for file in ordered if not file.held_out][::keep_every]
-    held_out = [file for file in ordered if file.held_out][::keep_every]
+    held_out = [file for file in ordered if file.held_out][:: (keep_every + 1) // 2]
     return [file for file in (*training, *held_out) if parses(file.text)]
 
 
@@ -136,7 +136,7 @@ def unique_functions(files: Iterable[SourceFile]) -> list[Function]:
 
 
 def conversations(functions: Iterable[Function]) -> list[Conversation]:
-    """Requests for a function and the function as the answer, one or (a quarter) two turns, a quarter with a system turn.
+    """Requests for a function with the function as the answer: one or two turns, some behind a system turn.
 
     Every choice is a function of the source's digest, so the result does not depend on a random state.
     """

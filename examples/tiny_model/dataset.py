@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +48,7 @@ def prepare(root: Path, folder: Path, *, vocab_size: int, max_length: int, keep_
     held_out_tokens = encode_documents(tokenizer, [file.text for file in held_out])
     facts = {
         "python": platform.python_version(),
+        "copyright": sys.copyright.splitlines()[0],
         "train_files": len(training),
         "train_bytes": _size(file.text for file in training),
         "conversations": len(chats),

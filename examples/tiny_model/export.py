@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from pathlib import Path
 
 import jax
@@ -29,7 +28,7 @@ def checkpoint_tensors(model: TinyLlama) -> dict[str, jax.Array]:
     """Hugging Face's names and layouts ([out, in] for projections) with bf16 values; the head is tied and left out."""
     tensors = {
         "model.embed_tokens.weight": model.embed_tokens.embedding[...],
-        "model.norm.weight": model.norm.scale[...],
+        "model.norm.weight": _scale(model.norm),
     }
     for index, layer in enumerate(model.layers):
         prefix = f"model.layers.{index}"
@@ -38,8 +37,13 @@ def checkpoint_tensors(model: TinyLlama) -> dict[str, jax.Array]:
                 kernel = getattr(getattr(layer, block), name).kernel[...]
                 tensors[f"{prefix}.{block}.{name}.weight"] = kernel.T
         for name in _NORMS:
-            tensors[f"{prefix}.{name}.weight"] = getattr(layer, name).scale[...]
+            tensors[f"{prefix}.{name}.weight"] = _scale(getattr(layer, name))
     return {name: jnp.asarray(np.ascontiguousarray(tensor), jnp.bfloat16) for name, tensor in tensors.items()}
+
+
+def _scale(norm: nnx.RMSNorm) -> jax.Array:
+    assert norm.scale is not None
+    return norm.scale[...]
 
 
 def hf_config(config: TinyConfig) -> dict[str, object]:
@@ -110,61 +114,7 @@ def model_card(config: TinyConfig, facts: dict, run: dict, scores: dict) -> str:
         "tokens_seen": f"{tokens_seen:,}",
         "bits": f"{scores['held_out_bits_per_byte']:.3f}",
         "share": f"{100 * scores['valid_completions'] / max(scores['completions'], 1):.1f}",
-        **{name: f"{value:,}" for name, value in facts.items() if name != "python"},
-        "python": facts["python"],
+        **{name: f"{value:,}" if isinstance(value, int) else value for name, value in facts.items()},
     }
-    return textwrap.dedent(_CARD).format(**{**config.__dict__, **run, **scores, **figures})
-
-
-_CARD = """\
-    ---
-    license: apache-2.0
-    language: code
-    pipeline_tag: text-generation
-    tags: [python, llama]
-    ---
-    # vjax-tiny
-
-    A Llama of {parameters} parameters that writes Python-like text. It exists so that examples and tests have a real
-    checkpoint with a real tokenizer; it is not meant to write code that anybody runs.
-
-    | | |
-    |---|---|
-    | architecture | LlamaForCausalLM: {num_layers} layers, hidden size {hidden_size}, {num_heads} query and {num_kv_heads} key-value heads of {head_dim}, SwiGLU {intermediate_size}, tied embeddings |
-    | context | {max_position_embeddings} tokens |
-    | tokenizer | byte-level BPE, {vocab_size} entries; digits, newlines and indentation are tokens of their own |
-    | weights | bf16 safetensors |
-
-    ## Data
-    The source of the standard library of Python {python} ({train_files} files, {train_bytes} bytes), without character
-    tables, generated text and files that do not parse, and {conversations} conversations ({conversation_bytes} bytes)
-    made from its documented functions: the request quotes the first line of the docstring, the answer is the function.
-    {held_out_files} files ({held_out_bytes} bytes), chosen by the hash of their text, were held out. The training text
-    is {train_tokens} tokens.
-
-    ## Training
-    `examples/train_tiny_model.py`: Flax, Optax (AdamW, peak learning rate {peak_learning_rate}, cosine schedule over
-    {steps} steps, weight decay {weight_decay}), {batch_size} windows of {window} tokens a step, {compute_dtype}
-    products and fp32 master weights, on: {device}. The exported parameters are those with the lowest held-out loss: step {best_step}, after
-    {tokens_seen} tokens ({epochs} passes over the text).
-
-    ## Measured
-    Of the exported bf16 weights:
-
-    | | |
-    |---|---|
-    | held-out bits per byte | {bits} (every byte of the held-out files; windows of {window} tokens that overlap by half) |
-    | sampled completions that parse as Python | {share} % ({valid_completions} of {completions}) |
-
-    The completions continue the headers (`def` line and docstring) of held-out functions at temperature
-    {temperature}, up to {new_tokens} tokens; each is cut where the function ends, or at its last whole line when the
-    limit came first, and an empty body counts as a failure.
-
-    ## Chat format
-    `<|user|>`, `<|system|>` or `<|assistant|>`, a newline, the text, `<|end|>` and a newline; generation ends at
-    `<|end|>` or `<|endoftext|>`. The chat template in `tokenizer_config.json` writes it.
-
-    ## Licence
-    The weights: Apache-2.0. The training text: Python Software Foundation License Version 2, Copyright (c) 2001-2024
-    Python Software Foundation; All Rights Reserved. The model may repeat passages of it; those stay under that licence.
-    """
+    template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
+    return template.format(**{**config.__dict__, **run, **scores, **figures})

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+AttentionKind = Literal["xla", "cudnn"]
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,9 @@ def rotary(x: jax.Array, theta: float) -> jax.Array:
 class Attention(nnx.Module):
     """Causal grouped-query attention."""
 
-    def __init__(self, config: TinyConfig, dtype: jnp.dtype, implementation: str, *, rngs: nnx.Rngs):
-        self.config, self.implementation = config, implementation
+    def __init__(self, config: TinyConfig, dtype: jnp.dtype, implementation: AttentionKind, *, rngs: nnx.Rngs):
+        self.config = config
+        self.implementation: AttentionKind = implementation
         query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = _linear(config.hidden_size, query, dtype, config, rngs)
         self.k_proj = _linear(config.hidden_size, key, dtype, config, rngs)
@@ -59,7 +63,7 @@ class Attention(nnx.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotary(q, self.config.rope_theta), rotary(k, self.config.rope_theta)
-        out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=self.implementation)  # pyright: ignore[reportArgumentType]
+        out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=self.implementation)
         return self.o_proj(out.reshape(batch, length, -1))
 
 
@@ -78,7 +82,7 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """Attention and MLP, each behind a norm and beside a residual."""
 
-    def __init__(self, config: TinyConfig, dtype: jnp.dtype, implementation: str, *, rngs: nnx.Rngs):
+    def __init__(self, config: TinyConfig, dtype: jnp.dtype, implementation: AttentionKind, *, rngs: nnx.Rngs):
         self.input_layernorm = _norm(config, dtype, rngs)
         self.self_attn = Attention(config, dtype, implementation, rngs=rngs)
         self.post_attention_layernorm = _norm(config, dtype, rngs)
@@ -99,7 +103,7 @@ class TinyLlama(nnx.Module):
         rngs: For the initial parameters.
     """
 
-    def __init__(self, config: TinyConfig, dtype: jnp.dtype, implementation: str = "xla", *, rngs: nnx.Rngs):
+    def __init__(self, config: TinyConfig, dtype: jnp.dtype, implementation: AttentionKind = "xla", *, rngs: nnx.Rngs):
         self.config = config
         init = nnx.initializers.normal(0.02)
         self.embed_tokens = nnx.Embed(
@@ -130,8 +134,8 @@ def parameter_count(model: TinyLlama) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-def attention_implementation() -> str:
-    """"cudnn" where its fused attention runs forwards and backwards on the default device, else "xla" (slower)."""
+def attention_implementation() -> AttentionKind:
+    """ "cudnn" where its fused attention runs forwards and backwards on the default device, else "xla" (slower)."""
     if jax.default_backend() != "gpu":
         return "xla"
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike
 from tokenizers import Tokenizer
 
 from .corpus import parses
@@ -16,7 +17,7 @@ from .tokenizer import END_OF_TEXT_ID
 
 
 @partial(nnx.jit, static_argnames=("new_tokens",))
-def _complete(model: TinyLlama, tokens: jax.Array, lengths: jax.Array, temperature: jax.Array, seed, new_tokens: int):
+def _complete(model: TinyLlama, tokens: ArrayLike, lengths: ArrayLike, temperature: ArrayLike, seed, new_tokens: int):
     """Appends `new_tokens` samples to each row by recomputing the whole row; returns the tokens.
 
     Args:
@@ -26,6 +27,7 @@ def _complete(model: TinyLlama, tokens: jax.Array, lengths: jax.Array, temperatu
         seed: uint32 scalar.
     """
     graph, state = nnx.split(model)
+    tokens, lengths = jnp.asarray(tokens), jnp.asarray(lengths)
     rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)
     key = jax.random.key(seed)
 
@@ -54,6 +56,8 @@ def complete(
     Raises:
         ValueError: A prompt has more than `max_prompt_tokens` tokens.
     """
+    if not prompts:
+        return []
     ids = [encoding.ids for encoding in tokenizer.encode_batch(prompts, add_special_tokens=False)]
     lengths = np.array([len(row) for row in ids], dtype=np.int32)
     if lengths.max() > max_prompt_tokens:

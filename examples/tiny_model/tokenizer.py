@@ -28,7 +28,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains the BPE merges on the texts; the special tokens take the first ids, all 256 bytes are in the vocabulary."""
+    """Trains the merges on the texts; the special tokens take the first ids, and every byte has a token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
         [

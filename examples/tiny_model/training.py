@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.typing import ArrayLike
 
 from .dataset import Dataset
 from .model import TinyLlama
@@ -25,7 +26,7 @@ from .model import TinyLlama
 class TrainSettings:
     """What determines a run; recorded beside the checkpoints, since a resumed run must not change it."""
 
-    steps: int = 3000
+    steps: int = 2400
     batch_size: int = 32
     window: int = 2048
     peak_learning_rate: float = 2e-3
@@ -83,12 +84,12 @@ def batch_starts(settings: TrainSettings, num_tokens: int, step: int) -> np.ndar
     return (offset + order * settings.window).astype(np.int32)
 
 
-def _windows(tokens: jax.Array, starts: jax.Array, length: int) -> jax.Array:
-    return tokens[starts[:, None] + jnp.arange(length, dtype=jnp.int32)]
+def _windows(tokens: jax.Array, starts: ArrayLike, length: int) -> jax.Array:
+    return tokens[jnp.asarray(starts)[:, None] + jnp.arange(length, dtype=jnp.int32)]
 
 
 @partial(nnx.jit, static_argnames=("window",))
-def train_step(model: TinyLlama, optimizer: nnx.Optimizer, tokens: jax.Array, starts: jax.Array, window: int):
+def train_step(model: TinyLlama, optimizer: nnx.Optimizer, tokens: jax.Array, starts: ArrayLike, window: int):
     """One update; returns the mean loss in nats per token. tokens: int32 [N] on the device; starts: int32 [batch]."""
     batch = _windows(tokens, starts, window + 1)
 
@@ -102,12 +103,12 @@ def train_step(model: TinyLlama, optimizer: nnx.Optimizer, tokens: jax.Array, st
 
 
 @partial(nnx.jit, static_argnames=("window",))
-def _window_nll(model: TinyLlama, tokens: jax.Array, starts: jax.Array, first: jax.Array, last: jax.Array, window: int):
+def _window_nll(model: TinyLlama, tokens: jax.Array, starts: ArrayLike, first: ArrayLike, last: ArrayLike, window: int):
     """Sum of the negative log-likelihoods in nats of each window's targets first..last-1: fp32 [batch]."""
     batch = _windows(tokens, starts, window + 1)
     nll = optax.softmax_cross_entropy_with_integer_labels(model(batch[:, :-1]), batch[:, 1:])
     position = jnp.arange(window, dtype=jnp.int32)
-    scored = (position >= first[:, None]) & (position < last[:, None])
+    scored = (position >= jnp.asarray(first)[:, None]) & (position < jnp.asarray(last)[:, None])
     return jnp.where(scored, nll, jnp.zeros_like(nll)).sum(axis=1)
 
 
@@ -139,7 +140,7 @@ def bits_per_byte(nll: float, num_bytes: int) -> float:
 
 
 class Checkpoints:
-    """Two Orbax managers in one folder: `latest` (model and optimiser, to resume) and `best` (parameters, to export)."""
+    """Two Orbax managers in one folder: `latest` (model and optimiser, to resume), `best` (parameters, to export)."""
 
     def __init__(self, folder: Path):
         self._latest = ocp.CheckpointManager(
@@ -153,9 +154,7 @@ class Checkpoints:
         )
 
     def save(self, step: int, model: TinyLlama, optimizer: nnx.Optimizer, bits: float) -> None:
-        self._best.save(
-            step, args=ocp.args.StandardSave(nnx.state(model)), metrics={"held_out_bits_per_byte": bits}
-        )
+        self._best.save(step, args=ocp.args.StandardSave(nnx.state(model)), metrics={"held_out_bits_per_byte": bits})
         self._latest.save(step, args=ocp.args.StandardSave(nnx.state((model, optimizer))))
 
     def restore_latest(self, model: TinyLlama, optimizer: nnx.Optimizer) -> int:

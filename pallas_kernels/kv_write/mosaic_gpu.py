@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _NUM_SMS = 132
 _MAX_TOKENS_PER_CTA = 8
+_SMEM_BUDGET = 112 * 1024  # half of an SM's shared memory, so that two CTAs fit
 
 
 def write_kv(
@@ -20,7 +21,9 @@ def write_kv(
 ) -> tuple[jax.Array, jax.Array]:
     """See api.write_kv; `interpret` runs the kernel on the CPU with race detection."""
     num_tokens, num_kv_heads, head_dim = k.shape
-    tokens_per_cta = min(_MAX_TOKENS_PER_CTA, -(-num_tokens // (2 * _NUM_SMS)))
+    token_bytes = 2 * num_kv_heads * head_dim * k_cache.dtype.itemsize
+    wanted = min(_MAX_TOKENS_PER_CTA, -(-num_tokens // (2 * _NUM_SMS)))
+    tokens_per_cta = max(1, min(wanted, _SMEM_BUDGET // token_bytes))
     buffer = plgpu.SMEM((tokens_per_cta, num_kv_heads, head_dim), k_cache.dtype)
     kernel = plgpu.kernel(
         functools.partial(_kernel, tokens_per_cta, k_cache.shape[2]),

@@ -2,6 +2,9 @@
 
 Every pass over the row evaluates three pivots and so takes two bits of the threshold; top-k and top-p each need at
 most 16 passes. Rows that need no truncation are only copied.
+
+A CTA has one warpgroup only: Mosaic GPU gives all warpgroups of a CTA the same scratch memory for reductions across
+warps, so two of them must not reduce at the same time.
 """
 
 from __future__ import annotations
@@ -16,11 +19,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
-_WARPGROUPS = 4
 _THREADS = 128
-_CHUNK = 16 * _THREADS  # values that a warpgroup loads at once
-_PIVOTS = 3
+_VECTOR = 4 * _THREADS  # values of one 16-byte load by every thread
+_LOADS = 8  # loads in flight
+_STEP = _LOADS * _VECTOR
 _LOG2E = math.log2(math.e)
 
 
@@ -34,14 +38,8 @@ def truncate_logits(
     kernel = plgpu.kernel(
         functools.partial(_kernel, vocab),
         out_type=jax.ShapeDtypeStruct(padded.shape, jnp.float32),
-        scratch_types=[
-            plgpu.SMEM((2 * _WARPGROUPS * _PIVOTS,), jnp.float32),
-            plgpu.Barrier(num_arrivals=_WARPGROUPS),
-        ],
         grid=(rows,),
         grid_names=("row",),
-        num_threads=_WARPGROUPS,
-        thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
         kernel_name="truncate_logits",
@@ -49,69 +47,96 @@ def truncate_logits(
     return kernel(padded, top_k, top_p, log_min_p)[:, :vocab]
 
 
-def _kernel(vocab: int, logits: Any, top_k: Any, top_p: Any, log_min_p: Any, output: Any, smem: Any, barrier: Any) -> None:
-    """Body of one CTA. Pass numbers alternate between the halves of `smem`, so one barrier a pass is enough."""
-    row, warpgroup = lax.axis_index("row"), lax.axis_index("warpgroup")
-    k, p, log_m = top_k[row], top_p[row], log_min_p[row]
-    reduce_row = functools.partial(_reduce_row, logits.at[row], warpgroup)
-    share = functools.partial(_share, smem, barrier, warpgroup)
+def _kernel(vocab: int, logits: Any, top_k: Any, top_p: Any, log_min_p: Any, output: Any) -> None:
+    """Body of one CTA."""
+    index = lax.axis_index("row")
+    row = logits.at[index]
+    k, p, log_m = top_k[index], top_p[index], log_min_p[index]
     uses_k, uses_p = (k > 0) & (k < vocab), p < 1.0
-
-    def threshold() -> jax.Array:
-        (maximum,) = share(jnp.int32(0), reduce_row(lambda x: (x,), jnp.maximum, -jnp.inf, 1), jnp.maximum)
-        low, high = _ordered(maximum + log_m), _ordered(maximum)
-
-        def count(x: jax.Array, pivot: jax.Array) -> jax.Array:
-            return jnp.where(x >= pivot, 1.0, 0.0)
-
-        def mass(x: jax.Array, pivot: jax.Array) -> jax.Array:
-            return jnp.where(x >= pivot, jnp.exp2((x - maximum) * _LOG2E), 0.0)
-
-        def sums(measure: Callable, number: Any, pivots: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            values = tuple(_value(pivot) for pivot in pivots)
-            parts = reduce_row(lambda x: tuple(measure(x, value) for value in values), jnp.add, 0.0, len(pivots))
-            return share(number, parts, jnp.add)
-
-        number = jnp.int32(1)
-        low, number = lax.cond(
-            uses_k,
-            lambda: _search(functools.partial(sums, count), k.astype(jnp.float32), low, high, number),
-            lambda: (low, number),
-        )
-
-        def with_top_p() -> tuple[jax.Array, jax.Array]:
-            (total,) = sums(mass, number, (low,))
-            return _search(functools.partial(sums, mass), p * total, low, high, number + 1)
-
-        low, number = lax.cond(uses_p, with_top_p, lambda: (low, number))
-        return _value(low)
-
-    lowest = lax.cond(uses_k | uses_p | (log_m > -jnp.inf), threshold, lambda: jnp.float32(-jnp.inf))
-
-    _store_kept(logits.at[row], output.at[row], warpgroup, lowest)
+    needed = uses_k | uses_p | (log_m > -jnp.inf)
+    lowest = lax.cond(needed, lambda: _threshold(row, uses_k, k, uses_p, p, log_m), lambda: jnp.float32(-jnp.inf))
+    _store_kept(row, output.at[index], lowest)
 
 
-def _search(
-    sums: Callable, target: jax.Array, low: jax.Array, high: jax.Array, number: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """(the largest ordered value in [low, high] from which on the row sums to the target, next pass number).
+def _threshold(row: Any, uses_k: Any, k: Any, uses_p: Any, p: Any, log_min_p: Any) -> jax.Array:
+    """The smallest logit of the row that is kept."""
+    (maximum,) = _reduce(row, lambda x: (x,), jnp.maximum, -jnp.inf, 1)
+    low, high = _ordered(maximum + log_min_p), _ordered(maximum)
 
-    The sum from `low` on is taken to reach the target.
+    def sums(weight: Callable, pivots: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """For each pivot the sum of weight(x) over the x of the row that are not below it."""
+        values = tuple(_value(pivot) for pivot in pivots)
+
+        def parts(x: jax.Array) -> tuple[jax.Array, ...]:
+            weights = weight(x)
+            return tuple(jnp.where(x >= value, weights, 0.0) for value in values)
+
+        return _reduce(row, parts, jnp.add, 0.0, len(values))
+
+    count = functools.partial(sums, jnp.ones_like)
+    low = lax.cond(uses_k, lambda: _search(count, k.astype(jnp.float32), low, high), lambda: low)
+
+    def search_p() -> jax.Array:
+        mass = functools.partial(sums, lambda x: jnp.exp2((x - maximum) * _LOG2E))
+        (total,) = mass((low,))
+        return _search(mass, p * total, low, high)
+
+    return _value(lax.cond(uses_p, search_p, lambda: low))
+
+
+def _search(sums: Callable, target: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    """The largest ordered value in [low, high] from which on the row sums to the target.
+
+    The sum from `low` on is taken to reach the target. A pivot that meets the target exactly ends the search: no
+    other one keeps fewer values.
     """
 
-    def narrow(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        low, high, number = state
+    def narrow(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = state
         middle = _middle(low, high)
         pivots = (_middle(low, middle - 1), middle, _middle(middle, high))
-        found = sums(number, pivots)
-        for pivot, total in zip(pivots, found, strict=True):
-            reached = total >= target
-            low = jnp.where(reached, jnp.maximum(low, pivot), low)
-            high = jnp.where(reached, high, jnp.minimum(high, pivot - 1))
-        return low, high, number + 1
+        for pivot, total in zip(pivots, sums(pivots), strict=True):
+            low = jnp.where(total >= target, jnp.maximum(low, pivot), low)
+            high = jnp.where(total > target, high, jnp.minimum(high, jnp.where(total == target, pivot, pivot - 1)))
+        return low, high
 
-    low, _, number = lax.while_loop(lambda state: state[0] < state[1], narrow, (low, high, number))
-    return low, number
+    return lax.while_loop(lambda state: state[0] < state[1], narrow, (low, high))[0]
+
+
+def _reduce(row: Any, parts: Callable, combine: Callable, identity: float, results: int) -> tuple[jax.Array, ...]:
+    """Scalars: `parts` (an array of values to `results` arrays) of the whole row, combined."""
+    to_scalar = {jnp.add: jnp.sum, jnp.maximum: jnp.max}[combine]
+    steps, tail = divmod(row.shape[0], _STEP)
+
+    def step(i: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        start = pl.multiple_of(i * _STEP, _STEP)
+        for values in [_load(row, start + j * _VECTOR, _VECTOR) for j in range(_LOADS)]:
+            carry = tuple(combine(old, new) for old, new in zip(carry, parts(values), strict=True))
+        return carry
+
+    empty = plgpu.layout_cast(jnp.full((_VECTOR,), identity, jnp.float32), _layout(_VECTOR))
+    scalars = tuple(map(to_scalar, lax.fori_loop(0, steps, step, (empty,) * results)))
+    if tail:
+        extra = map(to_scalar, parts(_load(row, steps * _STEP, tail)))
+        scalars = tuple(combine(old, new) for old, new in zip(scalars, extra, strict=True))
+    return scalars
+
+
+def _store_kept(row: Any, output: Any, lowest: jax.Array) -> None:
+    """Writes the row with -inf for what lies below `lowest`."""
+    steps, tail = divmod(row.shape[0], _STEP)
+
+    def store(start: Any, values: jax.Array) -> None:
+        output[pl.ds(start, values.shape[0])] = jnp.where(values >= lowest, values, -jnp.inf)
+
+    @pl.loop(0, steps)
+    def _(i: Any) -> None:
+        starts = [pl.multiple_of(i * _STEP, _STEP) + j * _VECTOR for j in range(_LOADS)]
+        for start, values in zip(starts, [_load(row, start, _VECTOR) for start in starts], strict=True):
+            store(start, values)
+
+    if tail:
+        store(steps * _STEP, _load(row, steps * _STEP, tail))
 
 
 def _middle(low: jax.Array, high: jax.Array) -> jax.Array:
@@ -121,82 +146,24 @@ def _middle(low: jax.Array, high: jax.Array) -> jax.Array:
 
 def _ordered(value: jax.Array) -> jax.Array:
     """int32 that compares like the float32."""
-    bits = lax.bitcast_convert_type(value, jnp.int32)
+    bits = _bitcast(value, jnp.int32)
     return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 def _value(ordered: jax.Array) -> jax.Array:
     """The float32 of an ordered int32."""
-    return lax.bitcast_convert_type(jnp.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered), jnp.float32)
+    return _bitcast(jnp.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered), jnp.float32)
+
+
+def _bitcast(scalar: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Bitcast of a scalar by way of a vector: Mosaic GPU lowers it for vectors only."""
+    vector = plgpu.layout_cast(jnp.full((_THREADS,), scalar), _layout(_THREADS))
+    return lax.bitcast_convert_type(vector, dtype).max()
 
 
 def _layout(size: int) -> Any:
-    per_thread = size // _THREADS
-    return plgpu.Layout.WG_STRIDED((size,), vec_size=math.gcd(per_thread, 4))
+    return plgpu.Layout.WG_STRIDED((size,), vec_size=math.gcd(size // _THREADS, 4))
 
 
 def _load(row: Any, start: Any, size: int) -> jax.Array:
     return plgpu.load(row.at[pl.ds(start, size)], layout=_layout(size), optimized=False)
-
-
-def _reduce_row(
-    row: Any, warpgroup: Any, function: Callable, combine: Callable, identity: float, results: int
-) -> tuple[jax.Array, ...]:
-    """Scalars: this warpgroup's part of the row through `function` (array -> `results` arrays), combined."""
-    reduce = {jnp.add: jnp.sum, jnp.maximum: jnp.max}[combine]
-    chunks, tail = divmod(row.shape[0], _CHUNK)
-
-    def step(i: Any, parts: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        values = function(_load(row, _chunk_start(i, warpgroup), _CHUNK))
-        return tuple(combine(part, value) for part, value in zip(parts, values, strict=True))
-
-    empty = plgpu.layout_cast(jnp.full((_CHUNK,), identity, jnp.float32), _layout(_CHUNK))
-    found = tuple(map(reduce, lax.fori_loop(0, _trips(chunks, warpgroup), step, (empty,) * results)))
-    if tail:
-        extra = tuple(map(reduce, function(_load(row, chunks * _CHUNK, tail))))
-        mine = warpgroup == chunks % _WARPGROUPS
-        found = tuple(combine(a, jnp.where(mine, b, identity)) for a, b in zip(found, extra, strict=True))
-    return found
-
-
-def _store_kept(row: Any, output: Any, warpgroup: Any, lowest: jax.Array) -> None:
-    """Writes this warpgroup's part of the row with -inf for what lies below `lowest`."""
-    chunks, tail = divmod(row.shape[0], _CHUNK)
-
-    def store(start: Any, size: int) -> None:
-        values = _load(row, start, size)
-        output[pl.ds(start, size)] = jnp.where(values >= lowest, values, -jnp.inf)
-
-    @pl.loop(0, _trips(chunks, warpgroup))
-    def _(i: Any) -> None:
-        store(_chunk_start(i, warpgroup), _CHUNK)
-
-    if tail:
-        pl.when(warpgroup == chunks % _WARPGROUPS)(lambda: store(chunks * _CHUNK, tail))
-
-
-def _trips(chunks: int, warpgroup: Any) -> Any:
-    """How many of the row's whole chunks are this warpgroup's."""
-    return (chunks - warpgroup + (_WARPGROUPS - 1)) // _WARPGROUPS
-
-
-def _chunk_start(i: Any, warpgroup: Any) -> Any:
-    return pl.multiple_of((i * _WARPGROUPS + warpgroup) * _CHUNK, _CHUNK)
-
-
-def _share(
-    smem: Any, barrier: Any, warpgroup: Any, number: Any, parts: tuple[jax.Array, ...], combine: Callable
-) -> tuple[jax.Array, ...]:
-    """Combines the warpgroups' scalars of pass `number`; all of them get the same result, combined in the same order."""
-    half = (number & 1) * (_WARPGROUPS * _PIVOTS)
-    for j, part in enumerate(parts):
-        smem[half + warpgroup * _PIVOTS + j] = part
-    plgpu.barrier_arrive(barrier)
-    plgpu.barrier_wait(barrier)
-    totals = []
-    for j in range(len(parts)):
-        total = smem[half + j]
-        for other in range(1, _WARPGROUPS):
-            total = combine(total, smem[half + other * _PIVOTS + j])
-        totals.append(total)
-    return tuple(totals)

@@ -51,9 +51,7 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-yarn": ("llama", _rope("yarn", factor=4.0, original_max_position_embeddings=128)),
     "llama-yarn-mscale": (
         "llama",
-        _rope(
-            "yarn", factor=8.0, original_max_position_embeddings=64, mscale=0.7, mscale_all_dim=1.0, beta_fast=16.0
-        ),
+        _rope("yarn", factor=8.0, original_max_position_embeddings=64, mscale=0.7, mscale_all_dim=1.0, beta_fast=16.0),
     ),
     "llama-head64": ("llama", {"head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1}),
     "llama-head80": ("llama", {"head_dim": 80, "num_attention_heads": 2, "num_key_value_heads": 1}),
@@ -90,7 +88,9 @@ def make_checkpoint(name: str, directory: str | Path, *, max_shard_size: str = "
         return str(path)
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model_type, fields = CHECKPOINTS[name]
     config = AutoConfig.for_model(model_type, **{**_BASE, **fields})
     torch.manual_seed(zlib.crc32(name.encode()))

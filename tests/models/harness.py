@@ -50,7 +50,9 @@ def run_step(
     num_tokens = len(ids)
     cu_q_lens = np.cumsum([0] + [len(chunk) for chunk, _ in chunks]).astype(np.int32)
     kv_lens = np.array([start + len(chunk) for chunk, start in chunks], np.int32)
-    padded = [np.pad(array, (0, num_padding), constant_values=fill) for array, fill in ((ids, 0), (positions, 0), (slots, -1))]
+    padded = [
+        np.pad(array, (0, num_padding), constant_values=fill) for array, fill in ((ids, 0), (positions, 0), (slots, -1))
+    ]
     cache_dim = kv[0][0].shape[-1]
 
     @jax.jit

@@ -22,7 +22,13 @@ EOS = 0
 
 
 def make_request(
-    request_id: str, prompt: list[int], *, max_tokens: int = 8, eos: int | None = None, salt: str | None = None, **kwargs
+    request_id: str,
+    prompt: list[int],
+    *,
+    max_tokens: int = 8,
+    eos: int | None = None,
+    salt: str | None = None,
+    **kwargs,
 ) -> EngineRequest:
     priority, arrival_time = kwargs.pop("priority", 0), kwargs.pop("arrival_time", 0.0)
     params = SamplingParams(max_tokens=max_tokens, **kwargs)

@@ -12,23 +12,30 @@ MAX_MODEL_LEN = 40
 OPERATIONS = 3000
 
 CASES = {
-    "v1-async": dict(depth=2),
-    "v1-async-deep": dict(depth=3),
-    "v1-async-small-budget": dict(depth=2, budget=8),
-    "v1-async-threshold": dict(depth=2, budget=16, long_prefill_token_threshold=5),
-    "v1-async-priority": dict(depth=2, policy="priority"),
-    "v1-async-priority-small-budget": dict(depth=2, policy="priority", budget=8),
-    "v1-async-no-caching": dict(depth=2, caching=False),
-    "v1-async-no-chunks": dict(depth=2, budget=MAX_MODEL_LEN, enable_chunked_prefill=False),
-    "v1-plain": dict(),
-    "v1-plain-small-budget": dict(budget=8),
-    "v1-plain-priority": dict(policy="priority", budget=12),
-    "v1-plain-no-chunks": dict(budget=MAX_MODEL_LEN, enable_chunked_prefill=False, caching=False),
-    "v1-plain-one-row": dict(max_num_seqs=1, budget=8),
-    "v0": dict(static_batch=True, enable_chunked_prefill=False, caching=False, budget=MAX_MODEL_LEN),
-    "v0-caching": dict(static_batch=True, enable_chunked_prefill=False, budget=MAX_MODEL_LEN),
-    "v0-chunks": dict(static_batch=True, caching=False, budget=8),
-    "v0-chunks-caching-priority": dict(static_batch=True, budget=8, policy="priority", long_prefill_token_threshold=3),
+    "v1-async": {"depth": 2},
+    "v1-async-deep": {"depth": 3},
+    "v1-async-small-budget": {"depth": 2, "budget": 8},
+    "v1-async-threshold": {"depth": 2, "budget": 16, "long_prefill_token_threshold": 5},
+    "v1-async-priority": {"depth": 2, "policy": "priority"},
+    "v1-async-priority-small-budget": {"depth": 2, "policy": "priority", "budget": 8},
+    "v1-async-priority-threshold": {"depth": 2, "policy": "priority", "budget": 32, "long_prefill_token_threshold": 9},
+    "v1-plain-priority-threshold": {"policy": "priority", "budget": 32, "long_prefill_token_threshold": 9},
+    "v1-async-no-caching": {"depth": 2, "caching": False},
+    "v1-async-no-chunks": {"depth": 2, "budget": MAX_MODEL_LEN, "enable_chunked_prefill": False},
+    "v1-plain": {},
+    "v1-plain-small-budget": {"budget": 8},
+    "v1-plain-priority": {"policy": "priority", "budget": 12},
+    "v1-plain-no-chunks": {"budget": MAX_MODEL_LEN, "enable_chunked_prefill": False, "caching": False},
+    "v1-plain-one-row": {"max_num_seqs": 1, "budget": 8},
+    "v0": {"static_batch": True, "enable_chunked_prefill": False, "caching": False, "budget": MAX_MODEL_LEN},
+    "v0-caching": {"static_batch": True, "enable_chunked_prefill": False, "budget": MAX_MODEL_LEN},
+    "v0-chunks": {"static_batch": True, "caching": False, "budget": 8},
+    "v0-chunks-caching-priority": {
+        "static_batch": True,
+        "budget": 8,
+        "policy": "priority",
+        "long_prefill_token_threshold": 3,
+    },
 }
 
 
@@ -114,7 +121,7 @@ def test_random_operations(name: str) -> None:
     depth = case.pop("depth", 1)
     num_preemptions = hits = num_finished = 0
     for part, num_blocks in enumerate((12, 20, 60)):
-        options = dict(num_blocks=num_blocks, max_num_seqs=6, budget=24, max_model_len=MAX_MODEL_LEN) | case
+        options = {"num_blocks": num_blocks, "max_num_seqs": 6, "budget": 24, "max_model_len": MAX_MODEL_LEN} | case
         engine = Engine(*configs(**options), depth=depth)
         walk = Walk(f"{name}-{part}", engine)
         for _ in range(OPERATIONS // 3 + 1):

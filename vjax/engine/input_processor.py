@@ -146,7 +146,10 @@ class InputProcessor:
             )
         if not text:
             raise _empty(text)
-        return self._token_ids(self._tokenizer.encode(text))
+        ids = self._tokenizer.encode(text)
+        if not ids:
+            raise _empty(text)
+        return self._in_vocabulary(ids)
 
     def _token_ids(self, value: Any) -> list[int]:
         if hasattr(value, "tolist"):  # numpy
@@ -159,7 +162,11 @@ class InputProcessor:
         if set(map(type, ids)) != {int}:
             wrong = next(i for i in ids if type(i) is not int)
             raise _error("prompt_token_ids", wrong, f"is a {type(wrong).__name__}; token ids must be integers")
-        if min(ids) < 0 or max(ids) >= self._vocab_size:
+        return self._in_vocabulary(ids)
+
+    def _in_vocabulary(self, ids: list[int]) -> list[int]:
+        different = set(ids)
+        if min(different) < 0 or max(different) >= self._vocab_size:
             raise self._out_of_vocabulary("prompt_token_ids", ids)
         return ids
 
@@ -175,9 +182,9 @@ class InputProcessor:
     def _check_length(self, token_ids: list[int]) -> None:
         if len(token_ids) >= self._max_model_len:
             raise VjaxValidationError(
-                f"The prompt (length {len(token_ids)}) plus the number of requested output tokens (at least 1) is longer"
-                f" than the maximum model length of {self._max_model_len}. Shorten the prompt, or raise max_model_len "
-                "if the model allows it.",
+                f"The prompt (length {len(token_ids)}) plus the number of requested output tokens (at least 1) is "
+                f"longer than the maximum model length of {self._max_model_len}. Shorten the prompt, or raise "
+                "max_model_len if the model allows it.",
                 parameter="prompt",
                 value=len(token_ids),
             )

@@ -38,7 +38,7 @@ class BlockPool:
     @property
     def usage(self) -> float:
         """Fraction of the blocks that requests hold, in [0, 1]."""
-        return 1.0 - self.num_free / (self.num_blocks - 1)
+        return (self.num_blocks - 1 - self.num_free) / (self.num_blocks - 1)
 
     def get_new_blocks(self, n: int) -> list[int]:
         """Takes `n` blocks from the front of the free list, with one holder each, and evicts their hashes."""

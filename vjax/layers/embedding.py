@@ -9,7 +9,7 @@ from vjax.layers.linear import contract
 
 
 def embed_tokens(table: jax.Array, token_ids: jax.Array) -> jax.Array:
-    """Rows of table `[vocab, hidden]` for ids i32 `[T]` -> `[T, hidden]`. Ids outside the table (padding) are clipped."""
+    """Rows of table `[vocab, hidden]` for ids i32 `[T]` -> `[T, hidden]`. Ids outside it are clipped."""
     return table.at[token_ids].get(mode="clip")
 
 

@@ -8,7 +8,7 @@ from jax import lax
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Normalises x `[..., N]` over its last axis and scales by weight `[N]`; computed in float32, returned in x.dtype."""
+    """Normalises x `[..., N]` over its last axis and scales by weight `[N]`; computed in float32."""
     wide = x.astype(jnp.float32)
     variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
     return (wide * lax.rsqrt(variance + eps) * weight.astype(jnp.float32)).astype(x.dtype)

@@ -43,7 +43,9 @@ class FunctionalModel:
         self.arch = arch
         self.dtype = dtype
         self.mesh = mesh
-        self.leaf_names: tuple[str, ...] = tuple(_leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state))
+        self.leaf_names: tuple[str, ...] = tuple(
+            _leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)
+        )
         assert set(self.leaf_names) == set(variables)
         self.leaf_specs: dict[str, jax.ShapeDtypeStruct] = dict(
             zip(self.leaf_names, jax.tree.leaves(state), strict=True)

@@ -8,9 +8,13 @@ from typing import Any
 
 from vjax.errors import ModelLoadError
 from vjax.models.arch import ArchConfig
+from vjax.models.fields import positive_int, positive_number
 from vjax.models.rope_config import rope_config_from_hf
 
 SUPPORTED_ACTIVATIONS = ("silu", "swish")
+
+#: Keys under which config.json announces quantised weights.
+QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
 
 
 def read_hf_config(model_dir: str | Path) -> dict[str, Any]:
@@ -23,7 +27,7 @@ def read_hf_config(model_dir: str | Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelLoadError(f"{path} does not exist; a Hugging Face model directory with config.json is needed.") from None
+        raise ModelLoadError(f"{path} does not exist; a Hugging Face model directory is needed.") from None
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):
@@ -59,7 +63,8 @@ def decoder_arch(
     head_dim = positive_int(config, "head_dim", default_head_dim or hidden_size // num_heads)
     if num_heads % num_kv_heads:
         raise ModelLoadError(
-            f"config.json: num_attention_heads ({num_heads}) must be a multiple of num_key_value_heads ({num_kv_heads})."
+            f"config.json: num_attention_heads ({num_heads}) must be a multiple of "
+            f"num_key_value_heads ({num_kv_heads})."
         )
     if head_dim % 2:
         raise ModelLoadError(f"config.json: head_dim is {head_dim}; rope needs an even one.")
@@ -74,7 +79,7 @@ def decoder_arch(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         intermediate_size=positive_int(config, "intermediate_size"),
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=positive_number(config, "rms_norm_eps", 1e-6),
         rope=rope_config_from_hf(config),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         max_position_embeddings=max_position_embeddings,
@@ -84,22 +89,6 @@ def decoder_arch(
         eos_token_ids=_token_ids(config.get("eos_token_id")),
         **features,
     )
-
-
-def positive_int(config: dict[str, Any], key: str, default: int | None = None) -> int:
-    """config[key], or the default where the key is missing or null.
-
-    Raises:
-        ModelLoadError: It is missing without a default, or no positive integer.
-    """
-    value = config.get(key)
-    if value is None:
-        value = default
-    if value is None:
-        raise ModelLoadError(f"config.json has no {key!r}; a positive integer is needed.", parameter=key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ModelLoadError(f"config.json: {key} is {value!r}; a positive integer is needed.", parameter=key, value=value)
-    return value
 
 
 def layer_windows(config: dict[str, Any]) -> tuple[int | None, ...]:
@@ -116,6 +105,8 @@ def layer_windows(config: dict[str, Any]) -> tuple[int | None, ...]:
         if window is None:
             return (None,) * num_layers
         first = config.get("max_window_layers", 28)
+        if not isinstance(first, int):
+            raise ModelLoadError(f"config.json: max_window_layers is {first!r}; an integer is needed.")
         layer_types = ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
     unknown = sorted(set(layer_types) - {"full_attention", "sliding_attention"})
     if unknown:
@@ -149,13 +140,15 @@ def refuse_set(config: dict[str, Any], keys: tuple[str, ...]) -> None:
 
 
 def _refuse_unsupported(config: dict[str, Any]) -> None:
-    quantization = config.get("quantization_config") or config.get("compression_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise ModelLoadError(
-            f"config.json: quantization_config (quant_method {method!r}) is not supported; "
-            "use the unquantised checkpoint."
-        )
+    for key in QUANTIZATION_KEYS:
+        quantization = config.get(key)
+        if quantization:
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+            raise ModelLoadError(
+                f"config.json: {key} (quant_method {method!r}) is not supported; use the unquantised checkpoint.",
+                parameter=key,
+                value=quantization,
+            )
     activation = config.get("hidden_act", "silu")
     if activation not in SUPPORTED_ACTIVATIONS:
         raise ModelLoadError(

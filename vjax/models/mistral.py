@@ -6,7 +6,8 @@ from typing import Any
 
 from vjax.models.arch import ArchConfig
 from vjax.models.decoder import DecoderModel
-from vjax.models.hf_config import decoder_arch, positive_int, refuse_set
+from vjax.models.fields import positive_int
+from vjax.models.hf_config import decoder_arch, refuse_set
 from vjax.models.weight_rules import DECODER_RULES
 
 
@@ -20,6 +21,6 @@ class MistralForCausalLM(DecoderModel):
         refuse_set(config, ("attention_bias", "mlp_bias", "layer_types"))
         # A config that leaves the key out means transformers' default; null means full attention.
         has_window = config.get("sliding_window", 4096) is not None
-        window = positive_int({"sliding_window": 4096, **config}, "sliding_window") if has_window else None
+        window = positive_int(config, "sliding_window", 4096) if has_window else None
         num_layers = positive_int(config, "num_hidden_layers")
         return decoder_arch(config, sliding_windows=(window,) * num_layers, default_num_kv_heads=8)

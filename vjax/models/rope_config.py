@@ -6,6 +6,7 @@ from typing import Any
 
 from vjax.errors import ModelLoadError
 from vjax.models.arch import RopeConfig
+from vjax.models.fields import positive_int, positive_number
 
 DEFAULT_THETA = 10000.0
 
@@ -50,18 +51,17 @@ def rope_config_from_hf(config: dict[str, Any]) -> RopeConfig:
     """
     parameters = _flat_parameters(config)
     rope_type = _rope_type(parameters)
-    theta = parameters.pop("rope_theta", None)
-    if theta is None:
-        theta = config.get("rope_theta")
+    theta = positive_number(
+        {"rope_theta": parameters.pop("rope_theta", config.get("rope_theta"))}, "rope_theta", DEFAULT_THETA
+    )
     _refuse_partial_rotary(config, parameters)
     _check_keys(rope_type, parameters)
     fields = {key: value for key, value in parameters.items() if key not in INERT_KEYS}
-    for key, value in fields.items():
-        if key != "truncate" and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
-            raise ModelLoadError(f"config.json: rope parameter {key!r} is {value!r}; a number above 0 is needed.")
+    for key in fields.keys() - {"truncate"}:
+        positive_number(fields, key)
     if rope_type in ("llama3", "yarn"):
         outside = config.get("original_max_position_embeddings")
-        fallback = fields.get("original_max_position_embeddings") or config["max_position_embeddings"]
+        fallback = fields.get("original_max_position_embeddings") or positive_int(config, "max_position_embeddings")
         fields["original_max_position_embeddings"] = int(outside or fallback)
     elif rope_type == "dynamic":
         fields.pop("original_max_position_embeddings", None)
@@ -70,7 +70,7 @@ def rope_config_from_hf(config: dict[str, Any]) -> RopeConfig:
             f"config.json: rope type llama3 needs high_freq_factor > low_freq_factor, got "
             f"{fields['high_freq_factor']} and {fields['low_freq_factor']}."
         )
-    return RopeConfig(rope_type=rope_type, theta=float(DEFAULT_THETA if theta is None else theta), **fields)
+    return RopeConfig(rope_type=rope_type, theta=theta, **fields)
 
 
 def _flat_parameters(config: dict[str, Any]) -> dict[str, Any]:

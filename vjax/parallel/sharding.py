@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,9 +27,9 @@ AXIS_RULES: dict[str, str | None] = {
 KV_CACHE_AXES = ("blocks", "kv_heads", "block", "head_dim")
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the single axis "tp" over the devices; None: the first device of the default backend."""
-    chosen = list(devices) if devices is not None else jax.devices()[:1]
+def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with the single axis "tp" over the devices (jax.Device); None: the first device of the default backend."""
+    chosen = jax.devices()[:1] if devices is None else devices
     return Mesh(np.array(chosen), ("tp",), axis_types=(AxisType.Auto,))
 
 

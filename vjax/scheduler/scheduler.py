@@ -156,7 +156,8 @@ class Scheduler:
         state.drop_finished()
         for request in reversed(state.running):
             state.preempt(request)
-        assert state.kv.pool.reset(), "nobody runs, so nobody holds blocks"
+        done = state.kv.pool.reset()
+        assert done, "nobody runs, so nobody holds blocks"
         return [EngineOutput(r.request_id, [], "error", None, r.num_cached_tokens or 0, error) for r in failed]
 
     def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:

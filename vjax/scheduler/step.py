@@ -27,8 +27,7 @@ class InFlightStep:
 
     def drop(self) -> None:
         """The step's tokens, when they arrive, belong to nobody."""
-        self.requests = self.admitted = self.first_admitted = []
-        self.grown = []
+        self.requests, self.num_sampled = [], 0
 
 
 class StepBuilder:
@@ -79,7 +78,6 @@ class StepBuilder:
                 self.budget += n
                 request.num_computed_tokens -= n
                 request.num_placeholders -= group is not self.partials
-                self.grown = [entry for entry in self.grown if entry[0] is not request]
                 return
 
     def build(self, step_id: int) -> tuple[SchedulerOutput, InFlightStep]:
@@ -99,7 +97,7 @@ class StepBuilder:
             num_sampled=len(decodes) + len(self.prefills),
             new_rows=[self._row_init(request) for request in self.admitted],
         )
-        for request, first in self.grown:
+        for request, first in self.grown:  # One that was preempted later in this step holds no blocks any more.
             blocks = request.block_ids[first:]
             scheduled.block_rows += [request.row] * len(blocks)
             scheduled.block_columns += range(first, first + len(blocks))

@@ -12,7 +12,7 @@ from vjax.text.tokenizer import Tokenizer
 _EXAMPLE = '{"role": "user", "content": "Hello"}'
 
 
-def render_chat_text(
+def render_chat(
     tokenizer: Tokenizer,
     messages: Sequence[Mapping[str, Any]],
     *,
@@ -52,14 +52,9 @@ def render_chat_text(
 
 def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **options: Any) -> dict[str, Any]:
     """The conversation as a prompt for generate: {"prompt": text, "prompt_token_ids": ids}. Options, errors: as
-    `render_chat_text`."""
-    text = render_chat_text(tokenizer, messages, **options)
+    `render_chat`."""
+    text = render_chat(tokenizer, messages, **options)
     return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
-
-
-def render_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
-    """The token ids of `chat_prompt` alone."""
-    return chat_prompt(tokenizer, messages, **options)["prompt_token_ids"]
 
 
 def validate_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:

@@ -153,7 +153,7 @@ class WindowStream:
     def __init__(self, decode: Callable[[list[int]], str], prompt_token_ids: Sequence[int]):
         self._decode = decode
         self._ids = list(prompt_token_ids[-_WINDOW_CONTEXT:])
-        self._prefix = decode(self._ids)
+        self._prefix = decode(self._ids) if self._ids else ""
         self._num_waiting = 0
         if self._prefix.endswith(REPLACEMENT):
             self._ids, self._prefix = [], ""

@@ -140,10 +140,20 @@ class Tokenizer:
 
         Args:
             add_special_tokens: Add what tokenizer.json's post-processor adds, such as BOS.
+
+        Raises:
+            VjaxValidationError: It is not a str, or holds lone surrogates.
         """
         if not isinstance(text, str):
             raise VjaxValidationError(f"a text to encode must be a str, not {type(text).__name__}.", value=text)
-        return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as e:
+            raise VjaxValidationError(
+                f"the text {text!r:.80} holds a lone surrogate, which is not Unicode text; remove it, for example with "
+                'text.encode("utf-8", "replace").decode().',
+                value=text,
+            ) from e
 
     def tokenize(self, text: str, add_special_tokens: bool = False) -> list[str]:
         return self.convert_ids_to_tokens(self.encode(text, add_special_tokens))

@@ -33,7 +33,9 @@ def weight_files(model_dir: Path) -> list[Path]:
         return [model_dir / SINGLE_FILE]
     files = sorted(path for path in model_dir.glob("*.safetensors") if not path.name.startswith("consolidated"))
     if not files:
-        others = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt", "*.gguf") for path in model_dir.glob(pattern))
+        others = sorted(
+            path.name for pattern in ("*.bin", "*.pth", "*.pt", "*.gguf") for path in model_dir.glob(pattern)
+        )
         hint = f" It has {', '.join(others[:5])}: convert these to safetensors." if others else ""
         raise ModelLoadError(
             f"{model_dir} has no weights: {SINGLE_FILE} or {INDEX_FILE} with its shards is needed "
@@ -59,8 +61,7 @@ def _indexed_files(index: Path) -> list[Path]:
 
 
 class Checkpoint:
-    """An open checkpoint: `tensors` describes all tensors, `read` loads one. Files are memory-mapped; close it after use
-    (it is a context manager).
+    """An open checkpoint: `tensors` describes all tensors, `read` loads one. Files stay memory-mapped until `close`.
 
     Raises:
         ModelLoadError: From the constructor: no weights, or a file that is no intact safetensors file; a tensor that

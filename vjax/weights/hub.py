@@ -30,7 +30,7 @@ def resolve_model_path(model: str, revision: str | None = None, download_dir: st
         ModelLoadError: There is no such directory, or the hub (offline: its cache) does not give the model.
     """
     local = Path(model).expanduser()
-    if local.is_dir():
+    if model and local.is_dir():
         return local
     if model == BUNDLED_MODEL:
         return _bundled()

@@ -70,9 +70,7 @@ def load_weights(
         )
 
 
-def _each_leaf(
-    model: FunctionalModel, make: Callable[[str], jax.Array], show_progress: bool
-) -> tuple[jax.Array, ...]:
+def _each_leaf(model: FunctionalModel, make: Callable[[str], jax.Array], show_progress: bool) -> tuple[jax.Array, ...]:
     hidden = not (show_progress and sys.stderr.isatty())
     leaves = []
     for name in tqdm(model.leaf_names, desc="Loading weights", unit="leaf", disable=hidden):

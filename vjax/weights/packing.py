@@ -16,8 +16,8 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Packing:
-    """`source_shapes(leaf_shape)` gives the shape of each source tensor, `pack(xp, sources, leaf_shape)` joins them with
-    the functions of xp (numpy or jax.numpy)."""
+    """`source_shapes(leaf_shape)` gives the shape of each source tensor; `pack(xp, sources, leaf_shape)` joins them,
+    with the functions of xp (numpy or jax.numpy)."""
 
     source_shapes: Callable[[Shape], tuple[Shape, ...]]
     pack: Callable[[Any, list[Any], Shape], Any]
