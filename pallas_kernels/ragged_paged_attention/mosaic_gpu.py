@@ -331,6 +331,8 @@ def _add_product(config: _Config, accumulator: jax.Array, weights: jax.Array, v_
     The weights are the wgmma's operand in registers, and ptxas before CUDA 13.3 may hand those registers to later
     instructions while the wgmma still reads them.
     """
-    if config.interpret:  # the interpreter has no in-place accumulation
-        return accumulator + jnp.dot(weights, v_smem[...], preferred_element_type=jnp.float32)
+    if config.interpret:  # the interpreter has no wgmma that accumulates in place; its plain read needs a fence
+        product = jnp.dot(weights, v_smem[...], preferred_element_type=jnp.float32)
+        plgpu.commit_smem()
+        return accumulator + product
     return pl.run_state(lambda ref: plgpu.wgmma(ref, weights, v_smem))(plgpu.ACC.init(accumulator))

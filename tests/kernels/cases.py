@@ -1,0 +1,109 @@
+"""Inputs and implementations that the kernel tests share."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.typing import DTypeLike
+
+from pallas_kernels.implementation import MOSAIC_GPU, MOSAIC_GPU_INTERPRET, XLA, mosaic_unavailable_reason
+
+needs_mosaic = pytest.mark.skipif(mosaic_unavailable_reason() is not None, reason=str(mosaic_unavailable_reason()))
+on_gpu = [pytest.mark.gpu, needs_mosaic]
+
+IMPLEMENTATIONS = [
+    pytest.param(XLA, id="xla"),
+    pytest.param(MOSAIC_GPU_INTERPRET, id="interpreter", marks=needs_mosaic),
+    pytest.param(MOSAIC_GPU, id="mosaic_gpu", marks=on_gpu),
+]
+
+
+def assert_no_races() -> None:
+    """After an interpreted kernel: its memory accesses were all ordered."""
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
+    races = interpret_pallas_call.get_races()
+    assert races is None or not races.races_found
+
+
+@dataclasses.dataclass(frozen=True)
+class RaggedBatch:
+    """A step's attention inputs: queries, caches (NaN in slots that no sequence owns) and who owns what."""
+
+    q: jax.Array
+    k_cache: jax.Array
+    v_cache: jax.Array
+    block_tables: np.ndarray
+    table_rows: np.ndarray
+    cu_q_lens: np.ndarray
+    kv_lens: np.ndarray
+
+    @property
+    def metadata(self) -> tuple[np.ndarray, ...]:
+        return self.block_tables, self.table_rows, self.cu_q_lens, self.kv_lens
+
+    @property
+    def num_real_tokens(self) -> int:
+        return int(self.cu_q_lens[-1])
+
+
+def ragged_batch(
+    seed: int,
+    q_lens: Sequence[int],
+    kv_lens: Sequence[int],
+    *,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    dtype: DTypeLike,
+    padding_seqs: int = 0,
+    padding_tokens: int = 0,
+    shared_blocks: int = 0,
+    poison: bool = True,
+) -> RaggedBatch:
+    """Sequences whose blocks lie in random order; the first `shared_blocks` blocks are the same in all that have them."""
+    rng = np.random.default_rng(seed)
+    num_blocks_of = [-(-length // block_size) for length in kv_lens]
+    num_seqs, width = len(q_lens), max(num_blocks_of) + 1
+    num_blocks = sum(num_blocks_of) + 3
+    free = list(rng.permutation(np.arange(1, num_blocks)))
+    shared = [free.pop() for _ in range(min(shared_blocks, max(num_blocks_of)))]
+    block_tables = np.zeros((num_seqs + 2, width), np.int32)
+    table_rows = np.zeros(num_seqs + padding_seqs, np.int32)
+    table_rows[:num_seqs] = rng.permutation(num_seqs) + 1
+    written = np.zeros((num_blocks, block_size), bool)
+    for row, length, count in zip(table_rows, kv_lens, num_blocks_of, strict=False):
+        ids = shared[:count] + [free.pop() for _ in range(count - len(shared[:count]))]
+        block_tables[row, :count] = ids
+        position = np.arange(length)
+        written[np.asarray(ids)[position // block_size], position % block_size] = True
+
+    def cache() -> jax.Array:
+        values = rng.standard_normal((num_blocks, num_kv_heads, block_size, head_dim), np.float32)
+        if poison:
+            values = np.where(written[:, None, :, None], values, np.nan)
+        return jnp.asarray(values, dtype)
+
+    lens = np.concatenate([q_lens, np.zeros(padding_seqs, np.int64)])
+    num_tokens = int(lens.sum()) + padding_tokens
+    return RaggedBatch(
+        q=jnp.asarray(rng.standard_normal((num_tokens, num_q_heads, head_dim), np.float32), dtype),
+        k_cache=cache(),
+        v_cache=cache(),
+        block_tables=block_tables,
+        table_rows=table_rows,
+        cu_q_lens=np.concatenate([[0], np.cumsum(lens)]).astype(np.int32),
+        kv_lens=np.concatenate([kv_lens, np.zeros(padding_seqs)]).astype(np.int32),
+    )
+
+
+def on_gpu_platform() -> bool:
+    """Whether this run was asked to use the GPU."""
+    return os.environ.get("VJAX_TEST_PLATFORM", "cpu") != "cpu"
