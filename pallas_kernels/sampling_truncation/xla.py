@@ -44,7 +44,7 @@ def truncate_logits(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p
 
 def ordered_bits(values: jax.Array) -> jax.Array:
     """uint32 that compare like the float32 values; both zeros give the same bits."""
-    bits, sign = lax.bitcast_convert_type(values + 0.0, jnp.uint32), jnp.uint32(_SIGN)
+    bits, sign = lax.bitcast_convert_type(jnp.where(values == 0, 0.0, values), jnp.uint32), jnp.uint32(_SIGN)
     return jnp.where(bits >= sign, ~bits, bits | sign)
 
 

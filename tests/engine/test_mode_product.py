@@ -90,10 +90,7 @@ def expected(checkpoint):
     greedy = [hf_greedy(checkpoint, p, NUM_TOKENS) for p in _prompts()]
     with _engine(checkpoint, enable_prefix_caching=False, async_scheduling=False) as llm:
         seeded = [
-            [
-                llm.generate({"prompt_token_ids": p}, params, use_tqdm=False)[0].outputs[0].token_ids
-                for p in _prompts()
-            ]
+            [llm.generate({"prompt_token_ids": p}, params, use_tqdm=False)[0].outputs[0].token_ids for p in _prompts()]
             for params in _params()[1:]
         ]
     return [greedy, *seeded]

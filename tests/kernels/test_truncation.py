@@ -75,7 +75,7 @@ def test_ties_are_kept(implementation: str):
     logits = np.array([[2.0, 1.0, 1.0, 1.0, 0.0, -0.0, -1.0, -1.0]], np.float32).repeat(4, 0)
     options = [(2, 1.0, 0.0), (0, 0.5, 0.0), (5, 1.0, 0.0), (0, 1.0, 0.9)]
     kept = np.isfinite(run(implementation, logits, options)).sum(-1)
-    # softmax: .37 .14 .14 .14 .05 .05 .02 .02 of a sum of 7.39 + 3 * 2.72 + 2 + 2 * .37 = 18.3 -> .40 .15 ...
+    # probabilities: 0.40, three of 0.15, two of 0.05 (both zeros are equal), two of 0.02
     np.testing.assert_array_equal(kept, [4, 4, 6, 1])
 
 

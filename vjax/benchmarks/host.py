@@ -21,6 +21,7 @@ from vjax.scheduler.factory import make_scheduler
 
 BLOCK_SIZE = 16
 PROMPT_LEN = 512
+MAX_NUM_BATCHED_TOKENS = 16384
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,21 +38,24 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(num_seqs: int, num_steps: int) -> dict[str, float | int | str]:
     """Median milliseconds per decode step of each part, at `num_seqs` running requests, scheduling one step ahead."""
-    max_model_len = PROMPT_LEN + num_steps + 64
+    # The first requests decode while the last ones prefill.
+    num_prefill_steps = num_seqs * PROMPT_LEN // MAX_NUM_BATCHED_TOKENS + 2
+    max_tokens = num_prefill_steps + num_steps + 8
+    max_model_len = PROMPT_LEN + max_tokens
     blocks = num_seqs * (max_model_len // BLOCK_SIZE + 2) + 1
     scheduler = make_scheduler(
         SchedulerConfig(
             max_num_seqs=num_seqs,
-            max_num_batched_tokens=16384,
+            max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
             max_model_len=max_model_len,
             enable_chunked_prefill=True,
             async_scheduling=True,
         ),
         CacheConfig(block_size=BLOCK_SIZE, num_gpu_blocks=blocks, enable_prefix_caching=True),
     )
-    buckets = Buckets.build(max_num_batched_tokens=16384, max_num_seqs=num_seqs, platform="gpu")
+    buckets = Buckets.build(max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS, max_num_seqs=num_seqs, platform="gpu")
     layouts = {b: PackedLayout.for_bucket(b, BLOCK_SIZE) for b in (*buckets.decode, *buckets.mixed)}
-    params = SamplingParams(temperature=0.0, max_tokens=num_steps + 32, ignore_eos=True, detokenize=False)
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
     for i in range(num_seqs):
         prompt = [(i * 7919 + j * 31) % 32000 for j in range(PROMPT_LEN)]
         scheduler.add(EngineRequest(f"r{i}", prompt, params, None, float(i)))

@@ -119,7 +119,7 @@ def build_runner(
     )
     executables = Executables(Step(model, geometry), buckets, mesh, kind)
     if kind == "gpu":  # before the KV cache takes the memory that GEMM autotuning works in
-        executables.compile_all(_compile_progress, executables.covering_keys())
+        executables.compile_all(executables.covering_keys(), _compile_progress)
         memory.check_temporaries(executables.get_ready(buckets.mixed[-1]), arch, config, dtype.itemsize)
     runner = ModelRunner(leaves, executables)
     if kind == "gpu":
@@ -128,8 +128,8 @@ def build_runner(
     return runner, config
 
 
-def _compile_progress(keys: Iterable) -> Iterable:
-    return tqdm(keys, desc="Compiling", unit="program", disable=None)
+def _compile_progress(keys: Iterable, total: int) -> Iterable:
+    return tqdm(keys, desc="Compiling", unit="program", total=total, disable=None)
 
 
 def read_generation_config(model_dir: Path, source: str) -> dict[str, Any]:

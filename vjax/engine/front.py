@@ -1,6 +1,6 @@
 """The engine as a user steps it: requests in, `RequestOutput`s out. One implementation for V0 and V1.
 
-    add_request -> InputProcessor -> EngineCore -> OutputProcessor -> step's return value
+add_request -> InputProcessor -> EngineCore -> OutputProcessor -> step's return value
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class BaseLLMEngine:
         """
         if self._outputs.has_request(request_id):
             raise VjaxValidationError(
-                f"request_id {request_id!r} is in use by an unfinished request; choose another or abort that one first.",
+                f"request_id {request_id!r} is in use by an unfinished request; choose another or abort that one.",
                 parameter="request_id",
                 value=request_id,
             )

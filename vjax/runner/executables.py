@@ -8,8 +8,11 @@ needed. `compile_all` does everything at once, with progress.
 
 from __future__ import annotations
 
+import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +33,7 @@ log = logger(__name__)
 # XLA recomputes cheap ops once arguments and temporaries pass about 80% of the device's memory, which a full KV cache
 # always does; with that the largest prefill bucket grew from 434 to 595 kernels.
 _GPU_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
+_MAX_COMPILE_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class SampleBucket:
 
 
 Key = ForwardBucket | SampleBucket | str
+#: Wraps an iterable of a known length, as tqdm does.
+Progress = Callable[[Iterable, int], Iterable]
 
 
 class Executables:
@@ -62,11 +68,14 @@ class Executables:
         self.platform = platform
         #: Compilations done while a step was waiting for them (counted; zero once everything is compiled).
         self.num_compilations_while_serving = 0
-        self.num_compilations = 0
         self._ready: dict[Key, Any] = {}
         self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._key_locks: dict[Key, threading.Lock] = {}
+        # Tracing is Python: threads that trace at the same time only make each other slow.
+        self._tracing = threading.Lock()
+        self._num_threads = max(1, min(_MAX_COMPILE_THREADS, (os.cpu_count() or 1) // 2))
+        self._background: list[threading.Thread] = []
+        self._stopped = False
 
     # ---- choosing -----------------------------------------------------------------------------------------------
 
@@ -101,51 +110,61 @@ class Executables:
         return ["write_rows", "write_masked_ids", *self.buckets.decode, *self.buckets.mixed, *samples]
 
     def covering_keys(self) -> list[Key]:
-        """The fewest executables that can serve any step, and greedy decoding of one sequence."""
-        forward, sample = self.buckets.covering()
-        samples = [SampleBucket(n, v) for n in sample for v in (Variant.GREEDY, Variant.MASKED)]
-        small = [self.buckets.decode[0], SampleBucket(self.buckets.sample[0], Variant.GREEDY)]
-        return list(dict.fromkeys(["write_rows", "write_masked_ids", *forward, *samples, *small]))
+        """What is compiled before serving: the largest shape of each family, which can serve any step, and every other
+        size below it for greedy requests, so that no step runs in a bucket far too large for it."""
+        b = self.buckets
+        forward = [*b.decode[-1::-2], b.decode[0], *b.mixed[-1::-2]]
+        samples = [SampleBucket(b.sample[-1], v) for v in (Variant.MASKED, Variant.GREEDY)]
+        samples += [SampleBucket(n, Variant.GREEDY) for n in (*b.sample[-1::-2], b.sample[0])]
+        return list(dict.fromkeys(["write_rows", "write_masked_ids", *forward, *samples]))
 
-    def compile_all(self, progress: Callable[[Iterable], Iterable] = lambda it: it, keys: list[Key] | None = None) -> None:
-        """Compiles `keys` (default: everything) now."""
-        for key in progress([k for k in (keys or self.all_keys()) if k not in self._ready]):
-            self.compile(key)
+    def compile_all(self, keys: list[Key] | None = None, progress: Progress = lambda it, total: it) -> None:
+        """Compiles `keys` (default: everything) now, in several threads."""
+        missing = [k for k in (keys or self.all_keys()) if k not in self._ready]
+        with ThreadPoolExecutor(self._num_threads, thread_name_prefix="vjax-compile") as pool:
+            for done in progress(as_completed([pool.submit(self.compile, k) for k in missing]), len(missing)):
+                done.result()
 
     def compile_in_background(self) -> None:
-        """Compiles what is missing in a thread that `shutdown` stops after the program it is at."""
+        """Compiles what is missing in threads that end, after the program they are at, with `shutdown` or with the
+        process."""
+        missing = deque(k for k in self.all_keys() if k not in self._ready)
 
-        def work():
-            for key in self.all_keys():
-                if self._stop.is_set():
+        def work() -> None:
+            while missing and not self._stopped and threading.main_thread().is_alive():
+                try:
+                    key = missing.popleft()
+                except IndexError:
                     return
                 try:
                     self.compile(key)
                 except Exception as e:  # the tighter bucket stays unavailable; a wider one serves
                     log.warning("could not compile %s in the background: %s", getattr(key, "name", key), e)
 
-        self._thread = threading.Thread(target=work, name="vjax-compile")
-        self._thread.start()
+        self._background = [threading.Thread(target=work, name="vjax-compile") for _ in range(self._num_threads)]
+        for thread in self._background:
+            thread.start()
 
     def wait(self) -> None:
         """Blocks until background compilation is done."""
-        if self._thread is not None:
-            self._thread.join()
+        for thread in self._background:
+            thread.join()
 
     def shutdown(self) -> None:
-        self._stop.set()
+        self._stopped = True
         self.wait()
         self._ready.clear()
 
     def compile(self, key: Key) -> Any:
         """The executable of `key`, compiled now if it is not ready."""
-        if (compiled := self._ready.get(key)) is not None:
-            return compiled
         with self._lock:
+            lock = self._key_locks.setdefault(key, threading.Lock())
+        with lock:
             if key not in self._ready:
                 options = _GPU_OPTIONS if self.platform == "gpu" else None
-                self._ready[key] = self.lower(key).compile(compiler_options=options)
-                self.num_compilations += 1
+                with self._tracing:
+                    lowered = self.lower(key)
+                self._ready[key] = lowered.compile(compiler_options=options)
             return self._ready[key]
 
     def lower(self, key: Key) -> Any:

@@ -20,7 +20,17 @@ from vjax.runner.buckets import ForwardBucket
 _HEADER = ("num_tokens", "num_seqs", "num_sampled", "num_block_updates", "num_row_records")
 
 #: Columns of a row record; the sampling columns stay on the device in this order (see rows.py).
-RECORD_COLUMNS = ("row", "num_computed", "temperature", "top_k", "top_p", "min_p", "seed_low", "seed_high", "min_position")
+RECORD_COLUMNS = (
+    "row",
+    "num_computed",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "seed_low",
+    "seed_high",
+    "min_position",
+)
 SAMPLING_COLUMNS = RECORD_COLUMNS[2:]
 RECORD_WIDTH = len(RECORD_COLUMNS)
 
@@ -58,7 +68,7 @@ def row_record(init: RowInit) -> list[int]:
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Offsets of one bucket's buffer. Capacities of the deltas are fixed; what overflows goes through `UpdateLayout`."""
+    """Offsets of one bucket's buffer. Capacities of the deltas are fixed; `UpdateLayout` carries what overflows."""
 
     num_tokens: int
     num_seqs: int

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from typing import Any
 
 import jax
@@ -45,7 +44,7 @@ def platform_name(device: Any) -> str:
 
 def configure_compile_cache() -> None:
     """Keeps compiled executables on disk, unless the application already configured JAX's cache or switched it off."""
-    if not envs.compile_cache_enabled() or jax.config.jax_compilation_cache_dir is not None:
+    if not envs.compile_cache_enabled() or jax.config.read("jax_compilation_cache_dir") is not None:
         return
     folder = envs.cache_dir() / f"xla-jax{jax.__version__}"
     try:
@@ -60,15 +59,19 @@ def configure_compile_cache() -> None:
 
 def _check_pool(device: Any, gpu_memory_utilization: float) -> None:
     fraction = os.environ.get(_FRACTION)
-    if fraction is not None and abs(float(fraction) - gpu_memory_utilization) > 1e-6:
-        warnings.warn(
-            f"XLA's memory pool was set to {fraction} of {device.device_kind} ({_FRACTION}) before this engine asked for "
-            f"gpu_memory_utilization={gpu_memory_utilization}; the pool keeps its size until the process ends.",
-            stacklevel=4,
+    if fraction is None:
+        log.warning(
+            "JAX was already running when the engine started, so gpu_memory_utilization=%s cannot change XLA's memory "
+            "pool; create the LLM before other JAX work, or set %s",
+            gpu_memory_utilization,
+            _FRACTION,
         )
-    elif fraction is None:
-        warnings.warn(
-            f"JAX was already running when the engine started, so gpu_memory_utilization={gpu_memory_utilization} cannot "
-            f"change XLA's memory pool. Create the LLM before other JAX work, or set {_FRACTION}.",
-            stacklevel=4,
+    elif abs(float(fraction) - gpu_memory_utilization) > 1e-6:
+        log.warning(
+            "XLA's memory pool was set to %s of %s (%s) before this engine asked for gpu_memory_utilization=%s; "
+            "it keeps its size until the process ends",
+            fraction,
+            device.device_kind,
+            _FRACTION,
+            gpu_memory_utilization,
         )

@@ -1,11 +1,13 @@
 """Persistent per-request state on the device. Donated to every executable and updated in place.
 
-Row 0 is the null row: padding reads and writes it, nobody reads it back. Rows 1..max_num_seqs belong to running requests.
+Row 0 is the null row: padding reads and writes it, nobody reads it back. Rows 1..max_num_seqs belong to running
+requests.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +49,11 @@ class RowState:
 def row_state_specs(*, max_num_seqs: int, max_blocks_per_row: int, hidden_size: int, dtype) -> RowState:
     """Shapes and dtypes of the rows, as a RowState of ShapeDtypeStructs."""
     n = max_num_seqs + 1
-    i32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)  # noqa: E731
+
+    def i32(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    hidden: Any = jax.ShapeDtypeStruct((max_num_seqs, hidden_size), dtype)
     return RowState(
         last_token=i32(n),
         num_computed=i32(n),
@@ -55,7 +61,7 @@ def row_state_specs(*, max_num_seqs: int, max_blocks_per_row: int, hidden_size: 
         sampling=i32(n, len(SAMPLING_COLUMNS)),
         masked_ids=i32(n, MAX_MASKED_IDS),
         sampled_rows=i32(max_num_seqs),
-        hidden=jax.ShapeDtypeStruct((max_num_seqs, hidden_size), dtype),
+        hidden=hidden,
     )
 
 

@@ -1,0 +1,159 @@
+"""The Mosaic kernels compiled to sm_90a machine code without a GPU, at the shapes of real models."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.cases import needs_mosaic
+
+TARGET = Path(__file__).with_name("h200.txtpb")
+
+
+def plugin_missing() -> bool:
+    try:
+        version("jax-cuda13-plugin"), version("jax-cuda13-pjrt")
+    except PackageNotFoundError:
+        return True
+    return False
+
+
+pytestmark = [
+    needs_mosaic,
+    pytest.mark.skipif(plugin_missing(), reason="needs the wheels jax-cuda13-plugin and jax-cuda13-pjrt (no GPU)"),
+]
+
+# name -> (heads, kv_heads, head_dim, block_size, num_tokens, num_seqs)
+ATTENTION = {
+    "llama3_8b_decode": (32, 8, 128, 16, 64, 64),
+    "llama3_8b_decode_split": (32, 8, 128, 16, 1, 1),
+    "llama3_8b_prefill": (32, 8, 128, 16, 2048, 64),
+    "llama2_7b_decode": (32, 32, 128, 128, 64, 64),
+    "llama2_7b_prefill": (32, 32, 128, 64, 2048, 64),
+    "qwen2_7b_prefill": (28, 4, 128, 32, 2048, 64),
+    "head_64_prefill": (32, 8, 64, 16, 2048, 64),
+    "head_64_decode_split": (32, 8, 64, 16, 2, 2),
+    "head_256_prefill": (16, 8, 256, 16, 2048, 64),
+    "head_256_decode_split": (16, 8, 256, 16, 1, 1),
+}
+NUM_BLOCKS = 20011
+
+# Runs in a process of its own: ptxas writes its report to the stderr of the process, and the device description must
+# not reach the other tests' backend.
+PROGRAM = '''
+import sys
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+import pallas_kernels
+from pallas_kernels.hlo_checks import cache_copies
+topology = topologies.get_topology_desc(platform="cuda", target_config=open(sys.argv[1]).read(), topology="1x1x1")
+mesh = topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
+sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+def spec(shape, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+def compile(function, *arguments, donate=()):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        compiled = jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
+    text = compiled.as_text()
+    print("WHILE", " while(" in text, "SORT", " sort(" in text, "TEMP", compiled.memory_analysis().temp_size_in_bytes)
+    return text
+def attention(heads, kv_heads, head_dim, block_size, num_tokens, num_seqs, options):
+    cache = spec((NUM_BLOCKS, kv_heads, block_size, head_dim), jnp.bfloat16)
+    def function(q, k_cache, v_cache, *metadata):
+        plan = pallas_kernels.plan_attention(
+            *metadata, num_tokens=num_tokens, num_q_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,
+            block_size=block_size, dtype=jnp.bfloat16, decode_only=num_tokens == num_seqs,
+            implementation="mosaic_gpu")
+        return pallas_kernels.ragged_paged_attention(q, k_cache, v_cache, plan, scale=0.1, **options)
+    q = spec((num_tokens, heads, head_dim), jnp.bfloat16)
+    metadata = [spec((257, 8448 // block_size)), spec((num_seqs,)), spec((num_seqs + 1,)), spec((num_seqs,))]
+    text = compile(function, q, cache, cache, *metadata)
+    print("COPIES", len(cache_copies(text, [cache.shape])))
+def kv_write(kv_heads, head_dim, block_size, num_tokens):
+    cache = spec((NUM_BLOCKS, kv_heads, block_size, head_dim), jnp.bfloat16)
+    new = spec((num_tokens, kv_heads, head_dim), jnp.bfloat16)
+    function = lambda *arguments: pallas_kernels.write_kv(*arguments, implementation="mosaic_gpu")
+    text = compile(function, cache, cache, new, new, spec((num_tokens,)), donate=(0, 1))
+    print("COPIES", len(cache_copies(text, [cache.shape])))
+def truncation(rows, vocab):
+    options = [spec((rows,)), spec((rows,), jnp.float32), spec((rows,), jnp.float32)]
+    function = lambda *arguments: pallas_kernels.truncate_logits(*arguments, implementation="mosaic_gpu")
+    compile(function, spec((rows, vocab), jnp.float32), *options)
+    print("COPIES 0")
+'''
+
+
+def report(call: str) -> str:
+    """stdout and stderr of PROGRAM followed by `call`."""
+    environment = {
+        **os.environ,
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "JAX_PLATFORMS": "cpu",
+        "MOSAIC_GPU_DUMP_PTXAS": "1",
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+    }
+    code = PROGRAM.replace("NUM_BLOCKS", str(NUM_BLOCKS)) + call
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(TARGET)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def check(text: str, calls: int) -> None:
+    """No spills, no loop or sort around the kernel, no copy of a cache; every call compiled a kernel."""
+    registers = re.findall(r"Used (\d+) registers", text)
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
+    assert len(registers) >= calls, text[-3000:]
+    assert {count for pair in spills for count in pair} == {"0"}, spills
+    assert re.findall(r"WHILE (\w+) SORT (\w+)", text) == [("False", "False")] * calls
+    assert re.findall(r"COPIES (\d+)", text) == ["0"] * calls
+
+
+def attention_calls(head_dim: int, **options: float) -> tuple[str, int]:
+    shapes = [shape for shape in ATTENTION.values() if shape[2] == head_dim]
+    return "\n".join(f"attention(*{shape}, {options})" for shape in shapes), len(shapes)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_attention(head_dim: int):
+    call, count = attention_calls(head_dim)
+    check(report(call), count)
+
+
+def test_attention_window_and_cap():
+    call, count = attention_calls(64, sliding_window=1024, soft_cap=30.0)
+    check(report(call), count)
+
+
+@pytest.mark.parametrize(
+    ("call", "count"),
+    [
+        ("kv_write(8, 128, 16, 64)\nkv_write(32, 256, 64, 8192)", 2),
+        ("truncation(64, 128256)\ntruncation(8, 50257)", 2),
+    ],
+    ids=["kv_write", "truncation"],
+)
+def test_other_ops(call: str, count: int):
+    check(report(call), count)
+
+
+def test_report_parser_sees_spills():
+    good = "Used 90 registers\n0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\nWHILE False SORT False\nCOPIES 0"
+    check(good, 1)
+    bad: list[Callable[[str], str]] = [
+        lambda text: text.replace("0 bytes spill stores", "8 bytes spill stores"),
+        lambda text: text.replace("COPIES 0", "COPIES 1"),
+        lambda text: text.replace("WHILE False", "WHILE True"),
+    ]
+    for change in bad:
+        with pytest.raises(AssertionError):
+            check(change(good), 1)
