@@ -15,7 +15,7 @@ _MATERIALISING = frozenset({"copy", "copy-start", "convert", "transpose", "broad
 
 
 def cache_copies(compiled_text: str, cache_shapes: Iterable[Sequence[int]]) -> list[str]:
-    """The instructions that copy, convert, transpose, broadcast, pad, concatenate or reverse into a cache-shaped result.
+    """The instructions that copy, convert, transpose, pad, ... into a result of a cache's shape.
 
     A fusion counts when its body holds such an instruction, because bodies are part of the text. Shapes are compared
     up to the order of the dimensions and up to merging of neighbours, so a transposed or flattened copy counts too;

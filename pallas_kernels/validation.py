@@ -6,12 +6,16 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
+
+Array = jax.Array | np.ndarray
+"""What the public functions take; numpy arrays are converted."""
 
 BLOCK_SIZES = (16, 32, 64, 128)
 
 
-def check_array(name: str, array: jax.Array, shape: Sequence[int | None], dtype: DTypeLike | None = None) -> None:
+def check_array(name: str, array: Array, shape: Sequence[int | None], dtype: DTypeLike | None = None) -> None:
     """ValueError unless `array` has this shape (None: any size) and dtype (None: any)."""
     wanted = "[" + ", ".join("?" if size is None else str(size) for size in shape) + "]"
     matches = array.ndim == len(shape) and all(w is None or g == w for g, w in zip(array.shape, shape, strict=True))
@@ -21,7 +25,7 @@ def check_array(name: str, array: jax.Array, shape: Sequence[int | None], dtype:
         raise ValueError(f"{name} has dtype {array.dtype.name}; wanted {jnp.dtype(dtype).name}")
 
 
-def check_caches(k_cache: jax.Array, v_cache: jax.Array) -> None:
+def check_caches(k_cache: Array, v_cache: Array) -> None:
     """ValueError unless both caches are `[num_blocks, num_kv_heads, block_size, head_dim]` and alike."""
     check_array("k_cache", k_cache, (None,) * 4)
     check_array("v_cache", v_cache, k_cache.shape, k_cache.dtype)

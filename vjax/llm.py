@@ -5,12 +5,19 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
 from vjax.config.engine_args import EngineArgs
+from vjax.engine.batch_args import (
+    Prompt,
+    check_other_arguments,
+    params_per_prompt,
+    priority_per_prompt,
+    prompt_list,
+)
 from vjax.engine.front import BaseLLMEngine
 from vjax.errors import VjaxValidationError
 from vjax.metrics import Metric
@@ -18,9 +25,6 @@ from vjax.outputs import RequestOutput
 from vjax.sampling_params import RequestOutputKind, SamplingParams
 from vjax.text.chat import chat_prompt
 from vjax.text.tokenizer import Tokenizer
-
-#: One prompt: text, token ids, or a mapping with "prompt" or "prompt_token_ids" and optionally "cache_salt".
-Prompt = str | Mapping[str, Any] | Sequence[int]
 
 
 class LLM:
@@ -47,6 +51,7 @@ class LLM:
             args = dataclasses.replace(args, use_v1=self._mode)
         self.llm_engine = BaseLLMEngine(args)
         self._request_ids = itertools.count()
+        self._is_shut_down = False
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs) -> LLM:
@@ -60,29 +65,30 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        use_tqdm: bool = True,
+        use_tqdm: bool | Callable[..., Any] = True,
         priority: Sequence[int] | None = None,
+        **others: Any,
     ) -> list[RequestOutput]:
         """Completions of `prompts`, in their order.
 
         Args:
             prompts: One prompt or a list of them.
             sampling_params: One for all prompts or one per prompt; None takes the model's defaults.
-            use_tqdm: Show progress.
+            use_tqdm: Show progress on stderr; a callable is used in place of `tqdm.tqdm`.
             priority: One per prompt, lower first, with scheduling_policy="priority".
+            others: vLLM's further keywords, such as lora_request: accepted while they ask for nothing.
 
         Raises:
-            VjaxValidationError: A prompt or parameter is invalid. No request of the call stays behind.
+            VjaxValidationError: A prompt or parameter is invalid, or the LLM was shut down. No request of the call
+                stays behind.
         """
-        batch = as_prompt_list(prompts)
-        params = self._params_per_prompt(sampling_params, len(batch))
-        if priority is not None and len(priority) != len(batch):
-            raise VjaxValidationError(
-                f"priority has {len(priority)} entries for {len(batch)} prompts; give one per prompt.",
-                parameter="priority",
-                value=priority,
-            )
-        ids = self._add_all(batch, params, priority or [0] * len(batch))
+        self._check_open()
+        check_other_arguments("generate", others)
+        batch = prompt_list(prompts)
+        if sampling_params is None:
+            sampling_params = self.get_default_sampling_params()
+        params = params_per_prompt(sampling_params, len(batch))
+        ids = self._add_all(batch, params, priority_per_prompt(priority, len(batch)))
         return self._run(ids, use_tqdm)
 
     def chat(
@@ -90,23 +96,27 @@ class LLM:
         messages: Sequence[Any],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        use_tqdm: bool = True,
+        use_tqdm: bool | Callable[..., Any] = True,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        **others: Any,
     ) -> list[RequestOutput]:
         """Answers to one conversation or a list of them.
 
         Args:
             messages: [{"role": ..., "content": ...}, ...], or a list of such lists.
             chat_template: Jinja template instead of the tokenizer's.
-            Others: as `generate`, and as Hugging Face's `apply_chat_template`.
+            chat_template_kwargs: Further variables of the template, such as enable_thinking.
+            The rest: as `generate`, and as Hugging Face's `apply_chat_template`.
 
         Raises:
-            VjaxValidationError: The conversation is malformed, or the tokenizer has no chat template.
+            VjaxValidationError: As `generate`; a conversation is malformed, or the tokenizer has no chat template.
         """
+        self._check_open()
+        check_other_arguments("chat", others)
         tokenizer = self.get_tokenizer()
         options = {
             "chat_template": chat_template,
@@ -115,26 +125,10 @@ class LLM:
             "tools": tools,
             **(chat_template_kwargs or {}),
         }
-        is_one = not messages or isinstance(messages[0], Mapping)
-        conversations = [messages] if is_one else messages
+        is_many = isinstance(messages, (list, tuple)) and messages and isinstance(messages[0], (list, tuple))
+        conversations: Sequence[Any] = messages if is_many else [messages]
         prompts: list[Prompt] = [chat_prompt(tokenizer, c, **options) for c in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
-
-    def _params_per_prompt(
-        self, params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
-    ) -> Sequence[SamplingParams]:
-        if params is None:
-            params = self.get_default_sampling_params()
-        if isinstance(params, SamplingParams):
-            return [params] * num_prompts
-        if len(params) != num_prompts:
-            raise VjaxValidationError(
-                f"sampling_params has {len(params)} entries for {num_prompts} prompts; give one SamplingParams for all "
-                "prompts or one per prompt.",
-                parameter="sampling_params",
-                value=params,
-            )
-        return params
 
     def _add_all(
         self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], priority: Sequence[int]
@@ -150,16 +144,19 @@ class LLM:
                 request_id = str(next(self._request_ids))
                 self.llm_engine.add_request(request_id, prompt, p, arrival, priority=rank)
                 ids.append(request_id)
-        except BaseException:
+        except BaseException as e:
             self.llm_engine.abort_request(ids)
+            if isinstance(e, VjaxValidationError) and len(prompts) > 1:
+                raise VjaxValidationError(f"prompts[{len(ids)}]: {e}", parameter=e.parameter, value=e.value) from e
             raise
         return ids
 
-    def _run(self, ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
+    def _run(self, ids: list[str], use_tqdm: bool | Callable[..., Any]) -> list[RequestOutput]:
         """Steps until every request of the call is finished."""
         finished: dict[str, RequestOutput] = {}
         wanted = set(ids)
-        progress = tqdm(total=len(ids), desc="Processed prompts", unit="prompt", disable=not use_tqdm or None)
+        make_progress = use_tqdm if callable(use_tqdm) else tqdm
+        progress = make_progress(total=len(ids), desc="Processed prompts", unit="prompt", disable=not use_tqdm)
         start, num_in, num_out = time.monotonic(), 0, 0
         try:
             while len(finished) < len(wanted):
@@ -199,12 +196,18 @@ class LLM:
         return self.llm_engine.reset_prefix_cache(reset_running_requests)
 
     def shutdown(self) -> None:
-        """Frees the device arrays. May be called more than once."""
+        """Frees the device arrays; nothing can be generated afterwards. May be called more than once."""
         engine = self.__dict__.get("llm_engine")
         if engine is not None:
+            self._is_shut_down = True
             engine.shutdown()
 
+    def _check_open(self) -> None:
+        if self._is_shut_down:
+            raise VjaxValidationError("This LLM was shut down and has no model any more; create a new one.")
+
     def __enter__(self) -> LLM:
+        self._check_open()
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -224,10 +227,3 @@ class V1LLM(LLM):
     """LLM in V1 mode."""
 
     _mode = True
-
-
-def as_prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or a list of prompts, as a list. A list of ints is one prompt of token ids."""
-    if isinstance(prompts, (str, Mapping)) or (prompts and isinstance(prompts[0], int)):
-        return [prompts]  # pyright: ignore[reportReturnType]
-    return list(prompts)  # pyright: ignore[reportReturnType, reportArgumentType]

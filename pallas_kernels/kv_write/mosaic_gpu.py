@@ -11,6 +11,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mosaic import interpret_params
+
 _NUM_SMS = 132
 _MAX_TOKENS_PER_CTA = 8
 _SMEM_BUDGET = 112 * 1024  # half of an SM's shared memory, so that two CTAs fit
@@ -31,7 +33,7 @@ def write_kv(
         scratch_types=[buffer, buffer, plgpu.Barrier(num_arrivals=2, num_barriers=tokens_per_cta)],
         grid=(-(-num_tokens // tokens_per_cta),),
         grid_names=("tokens",),
-        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+        interpret=interpret_params(interpret),
         kernel_name="write_kv",
     )
     k_ref, v_ref = jax.new_ref(k_cache), jax.new_ref(v_cache)

@@ -8,7 +8,7 @@ import numpy as np
 def write_kv(
     k_cache: np.ndarray, v_cache: np.ndarray, k: np.ndarray, v: np.ndarray, slots: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """New caches with k[t] and v[t] at slots[t] = block * block_size + offset; tokens with a negative slot are skipped."""
+    """New caches with k[t], v[t] at slots[t] = block * block_size + offset; a negative slot skips the token."""
     k_cache, v_cache = k_cache.copy(), v_cache.copy()
     block_size = k_cache.shape[2]
     for token, slot in enumerate(slots):

@@ -14,7 +14,7 @@ from pallas_kernels.implementation import (
     default_implementation,
     is_mosaic,
 )
-from pallas_kernels.validation import check_array, check_block_size
+from pallas_kernels.validation import Array, check_array, check_block_size
 
 MOSAIC_TILE_ROWS = 64
 """Rows (query tokens x query heads of one KV head) that a Mosaic GPU tile holds: the M of one wgmma."""
@@ -62,10 +62,10 @@ class AttentionPlan:
 
 
 def plan_attention(
-    block_tables: jax.Array,
-    table_rows: jax.Array,
-    cu_q_lens: jax.Array,
-    kv_lens: jax.Array,
+    block_tables: Array,
+    table_rows: Array,
+    cu_q_lens: Array,
+    kv_lens: Array,
     *,
     num_tokens: int,
     num_q_heads: int,
@@ -111,12 +111,12 @@ def plan_attention(
         raise ValueError(f"num_q_heads is {num_q_heads}; it must be a multiple of num_kv_heads, {num_kv_heads}")
     if decode_only and num_tokens != num_seqs:
         raise ValueError(f"num_tokens is {num_tokens}; decode_only needs one token a sequence, {num_seqs}")
-    if implementation is None:
-        implementation = default_implementation(dtype, head_dim)
+    chosen = checked_implementation(implementation or default_implementation(dtype, head_dim))
     group = num_q_heads // num_kv_heads
-    if is_mosaic(checked_implementation(implementation)):
+    if is_mosaic(chosen):
         _check_mosaic(dtype, head_dim, group)
-    tile_tokens = _tile_tokens(implementation, decode_only, group)
+    tile_tokens = _tile_tokens(chosen, decode_only, group)
+    max_keys = block_tables.shape[1] * block_size
     tiles = _tiles(cu_q_lens, kv_lens, num_tokens, tile_tokens)
     return AttentionPlan(
         block_tables=block_tables,
@@ -130,11 +130,9 @@ def plan_attention(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         tile_tokens=tile_tokens,
-        num_splits=_num_splits(
-            implementation, decode_only, num_seqs * num_kv_heads, block_tables.shape[1] * block_size
-        ),
+        num_splits=_num_splits(chosen, decode_only, num_seqs * num_kv_heads, max_keys),
         decode_only=decode_only,
-        implementation=implementation,
+        implementation=chosen,
     )
 
 
@@ -142,7 +140,8 @@ def _check_mosaic(dtype: DTypeLike, head_dim: int, group: int) -> None:
     check_mosaic_cache(dtype, head_dim)
     if group > MOSAIC_TILE_ROWS:
         raise NotImplementedError(
-            f"{group} query heads share a KV head; mosaic_gpu takes at most {MOSAIC_TILE_ROWS}, use implementation='xla'"
+            f"{group} query heads share a KV head; mosaic_gpu takes at most {MOSAIC_TILE_ROWS}: "
+            "use implementation='xla'"
         )
 
 

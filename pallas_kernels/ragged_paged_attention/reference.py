@@ -5,15 +5,17 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.validation import Array
+
 
 def ragged_paged_attention(
     q: jax.Array,
     k_cache: jax.Array,
     v_cache: jax.Array,
-    block_tables: jax.Array,
-    table_rows: jax.Array,
-    cu_q_lens: jax.Array,
-    kv_lens: jax.Array,
+    block_tables: Array,
+    table_rows: Array,
+    cu_q_lens: Array,
+    kv_lens: Array,
     *,
     scale: float,
     sliding_window: int | None = None,

@@ -21,6 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
+from pallas_kernels.mosaic import interpret_params, load
+
 _THREADS = 128
 _VECTOR = 4 * _THREADS  # values of one 16-byte load by every thread
 _LOADS = 8  # loads in flight
@@ -41,7 +43,7 @@ def truncate_logits(
         grid=(rows,),
         grid_names=("row",),
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+        interpret=interpret_params(interpret),
         kernel_name="truncate_logits",
     )
     return kernel(padded, top_k, top_p, log_min_p)[:, :vocab]
@@ -105,7 +107,7 @@ def _search(sums: Callable, target: jax.Array, low: jax.Array, high: jax.Array) 
 
 def _reduce(row: Any, parts: Callable, combine: Callable, identity: float, results: int) -> tuple[jax.Array, ...]:
     """Scalars: `parts` (an array of values to `results` arrays) of the whole row, combined."""
-    to_scalar = {jnp.add: jnp.sum, jnp.maximum: jnp.max}[combine]
+    to_scalar = jnp.max if combine is jnp.maximum else jnp.sum
     steps, tail = divmod(row.shape[0], _STEP)
 
     def step(i: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -166,4 +168,4 @@ def _layout(size: int) -> Any:
 
 
 def _load(row: Any, start: Any, size: int) -> jax.Array:
-    return plgpu.load(row.at[pl.ds(start, size)], layout=_layout(size), optimized=False)
+    return load(row.at[pl.ds(start, size)], _layout(size))

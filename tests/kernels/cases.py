@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 
 import jax
@@ -68,7 +67,7 @@ def ragged_batch(
     shared_blocks: int = 0,
     poison: bool = True,
 ) -> RaggedBatch:
-    """Sequences whose blocks lie in random order; the first `shared_blocks` blocks are the same in all that have them."""
+    """Sequences whose blocks lie in random order; those that have them share their first `shared_blocks` blocks."""
     rng = np.random.default_rng(seed)
     num_blocks_of = [-(-length // block_size) for length in kv_lens]
     num_seqs, width = len(q_lens), max(num_blocks_of) + 1
@@ -82,8 +81,8 @@ def ragged_batch(
     for row, length, count in zip(table_rows, kv_lens, num_blocks_of, strict=False):
         ids = shared[:count] + [free.pop() for _ in range(count - len(shared[:count]))]
         block_tables[row, :count] = ids
-        position = np.arange(length)
-        written[np.asarray(ids)[position // block_size], position % block_size] = True
+        position = np.arange(int(length))
+        written[np.asarray(ids, np.int32)[position // block_size], position % block_size] = True
 
     def cache() -> jax.Array:
         values = rng.standard_normal((num_blocks, num_kv_heads, block_size, head_dim), np.float32)
@@ -102,8 +101,3 @@ def ragged_batch(
         cu_q_lens=np.concatenate([[0], np.cumsum(lens)]).astype(np.int32),
         kv_lens=np.concatenate([kv_lens, np.zeros(padding_seqs)]).astype(np.int32),
     )
-
-
-def on_gpu_platform() -> bool:
-    """Whether this run was asked to use the GPU."""
-    return os.environ.get("VJAX_TEST_PLATFORM", "cpu") != "cpu"

@@ -80,8 +80,9 @@ def attention(heads, kv_heads, head_dim, block_size, q_len, contexts) -> None:
     pairs = sum(q_len * context - q_len * (q_len - 1) / 2 for context in contexts)
     flops = 4 * pairs * heads * head_dim
     print(
-        f"attention {heads}/{kv_heads}x{head_dim} block {block_size} {num_seqs} x {q_len} tokens, context {contexts[0]}: "
-        f"{seconds * 1e6:.1f} us, {cache_bytes / seconds / 1e12:.2f} TB/s of cache, {flops / seconds / 1e12:.0f} TFLOP/s, "
+        f"attention {heads}/{kv_heads}x{head_dim} block {block_size}, {num_seqs} x {q_len} tokens, "
+        f"context {contexts[0]}: {seconds * 1e6:.1f} us, {cache_bytes / seconds / 1e12:.2f} TB/s of cache, "
+        f"{flops / seconds / 1e12:.0f} TFLOP/s, "
         f"{plan.implementation}, {plan.num_splits} splits",
         flush=True,
     )
@@ -92,7 +93,11 @@ def kv_write(kv_heads, head_dim, block_size, num_tokens) -> None:
     caches = (jnp.zeros(shape, jnp.bfloat16), jnp.zeros(shape, jnp.bfloat16))
     new = jnp.ones((num_tokens, kv_heads, head_dim), jnp.bfloat16)
     slots = np.random.default_rng(0).permutation(4000 * block_size)[:num_tokens].astype(np.int32)
-    seconds = seconds_per_call(lambda caches, new, slots: pallas_kernels.write_kv(*caches, new, new, slots), caches, new, slots)
+
+    def call(caches, new, slots):
+        return pallas_kernels.write_kv(caches[0], caches[1], new, new, slots)
+
+    seconds = seconds_per_call(call, caches, new, slots)
     print(f"write_kv {kv_heads}x{head_dim} block {block_size} {num_tokens} tokens: {seconds * 1e6:.1f} us", flush=True)
 
 

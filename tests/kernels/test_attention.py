@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 import pallas_kernels
 from pallas_kernels.implementation import MOSAIC_GPU, MOSAIC_GPU_INTERPRET, is_mosaic
 from pallas_kernels.ragged_paged_attention import reference
+from pallas_kernels.ragged_paged_attention.shapes import MODELS
 from tests.kernels.cases import IMPLEMENTATIONS, RaggedBatch, assert_no_races, on_gpu, ragged_batch
 
 # Relative error (Frobenius) that rounding of the weights and the output to the dtype explains.
@@ -139,14 +141,11 @@ def test_no_real_token(implementation: str):
     batch = ragged_batch(
         5, [1], [5], num_q_heads=2, num_kv_heads=1, head_dim=64, block_size=16, dtype=dtype_for(implementation)
     )
-    empty = RaggedBatch(
-        batch.q,
-        batch.k_cache,
-        batch.v_cache,
-        batch.block_tables,
-        np.zeros_like(batch.table_rows),
-        np.zeros_like(batch.cu_q_lens),
-        np.zeros_like(batch.kv_lens),
+    empty = dataclasses.replace(
+        batch,
+        table_rows=np.zeros_like(batch.table_rows),
+        cu_q_lens=np.zeros_like(batch.cu_q_lens),
+        kv_lens=np.zeros_like(batch.kv_lens),
     )
     for decode_only in (False, True):
         assert not run(empty, implementation, decode_only=decode_only).any()
@@ -187,8 +186,8 @@ def exact_batch(implementation_dtype: str) -> tuple[RaggedBatch, np.ndarray]:
     q[:, np.arange(4), np.arange(4)] = 1.0
     weights = np.tril(np.ones((keys, keys)))[:, None, :] * 2.0 ** -exponent[None]
     wanted = np.einsum("thk,kd->thd", weights, values) / weights.sum(-1, keepdims=True)
-    cast = [jnp.asarray(x, implementation_dtype) for x in (q, k_cache, v_cache)]
-    return RaggedBatch(*cast, *batch.metadata), wanted
+    q, k_cache, v_cache = (jnp.asarray(x, implementation_dtype) for x in (q, k_cache, v_cache))
+    return dataclasses.replace(batch, q=q, k_cache=k_cache, v_cache=v_cache), wanted
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -199,28 +198,29 @@ def test_exact_weights_and_values(implementation: str):
 
 
 GPU_MIXES = {
-    "llama3_8b_mixed": ((32, 8, 128, 16), [1] * 40 + [700, 33, 512], [1, 17, 64, 65, 4000] * 8 + [700, 5000, 8192]),
-    "llama2_7b_mixed": ((32, 32, 128, 64), [1] * 10 + [900, 65], [3000] * 10 + [900, 4096]),
-    "qwen2_7b_mixed": ((28, 4, 128, 16), [1] * 6 + [300, 1000], [2000] * 6 + [300, 1500]),
-    "head_64_mixed": ((32, 8, 64, 32), [1] * 6 + [300, 1000], [2000] * 6 + [300, 1500]),
-    "head_256_mixed": ((16, 8, 256, 16), [1] * 6 + [300, 500], [2000] * 6 + [300, 1500]),
-    "llama3_8b_32k": ((32, 8, 128, 16), [1, 256], [32768, 32768]),
+    "llama3_8b_mixed": (("llama3_8b", 16), [1] * 40 + [700, 33, 512], [1, 17, 64, 65, 4000] * 8 + [700, 5000, 8192]),
+    "llama2_7b_mixed": (("llama2_7b", 64), [1] * 10 + [900, 65], [3000] * 10 + [900, 4096]),
+    "qwen2_7b_mixed": (("qwen2_7b", 16), [1] * 6 + [300, 1000], [2000] * 6 + [300, 1500]),
+    "head_64_mixed": (("llama3_1b", 32), [1] * 6 + [300, 1000], [2000] * 6 + [300, 1500]),
+    "head_256_mixed": (("gemma2_9b", 16), [1] * 6 + [300, 500], [2000] * 6 + [300, 1500]),
+    "llama3_8b_32k": (("llama3_8b", 16), [1, 256], [32768, 32768]),
 }
 GPU_DECODES = {
-    "llama3_8b_b1_32k": ((32, 8, 128, 16), [32768]),
-    "llama3_8b_b1_short": ((32, 8, 128, 16), [3]),
-    "llama3_8b_b8": ((32, 8, 128, 16), [8192, 1, 700, 64, 65, 8000, 4095, 129]),
-    "llama3_8b_b64": ((32, 8, 128, 64), list(range(1, 4097, 64))),
-    "llama2_7b_b16": ((32, 32, 128, 128), list(range(100, 3300, 200))),
-    "head_64_b4": ((32, 8, 64, 16), [5000, 1, 64, 777]),
-    "head_256_b4": ((16, 8, 256, 16), [5000, 1, 64, 777]),
+    "llama3_8b_b1_32k": (("llama3_8b", 16), [32768]),
+    "llama3_8b_b1_short": (("llama3_8b", 16), [3]),
+    "llama3_8b_b8": (("llama3_8b", 16), [8192, 1, 700, 64, 65, 8000, 4095, 129]),
+    "llama3_8b_b64": (("llama3_8b", 64), list(range(1, 4097, 64))),
+    "llama2_7b_b16": (("llama2_7b", 128), list(range(100, 3300, 200))),
+    "head_64_b4": (("llama3_1b", 16), [5000, 1, 64, 777]),
+    "head_256_b4": (("gemma2_9b", 16), [5000, 1, 64, 777]),
 }
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=on_gpu) for name in GPU_MIXES])
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 1000, "soft_cap": 30.0}], ids=["plain", "window_cap"])
 def test_real_sizes_mixed(name: str, options: dict):
-    (num_q_heads, num_kv_heads, head_dim, block_size), q_lens, kv_lens = GPU_MIXES[name]
+    (model, block_size), q_lens, kv_lens = GPU_MIXES[name]
+    num_q_heads, num_kv_heads, head_dim = MODELS[model]
     batch = ragged_batch(
         8,
         q_lens,
@@ -239,7 +239,8 @@ def test_real_sizes_mixed(name: str, options: dict):
 @pytest.mark.parametrize("name", [pytest.param(name, marks=on_gpu) for name in GPU_DECODES])
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 1000, "soft_cap": 30.0}], ids=["plain", "window_cap"])
 def test_real_sizes_decode(name: str, options: dict):
-    (num_q_heads, num_kv_heads, head_dim, block_size), kv_lens = GPU_DECODES[name]
+    (model, block_size), kv_lens = GPU_DECODES[name]
+    num_q_heads, num_kv_heads, head_dim = MODELS[model]
     batch = ragged_batch(
         9,
         [1] * len(kv_lens),

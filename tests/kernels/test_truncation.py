@@ -9,6 +9,7 @@ import pytest
 import pallas_kernels
 from pallas_kernels.implementation import MOSAIC_GPU_INTERPRET
 from pallas_kernels.sampling_truncation import reference
+from pallas_kernels.sampling_truncation.shapes import VOCABS
 from tests.kernels.cases import IMPLEMENTATIONS, assert_no_races, on_gpu
 
 # (top_k, top_p, min_p)
@@ -52,7 +53,7 @@ def check(implementation: str, logits: np.ndarray, options: list[tuple[int, floa
     for row, (top_k, top_p, min_p) in enumerate(options):
         differing = kept[row] != np.isfinite(wanted[row])
         # float32 sums and logarithms move a threshold by rounding; counts are exact.
-        allowed = 0.0 if top_p >= 1 and min_p <= 0 else 2e-5
+        allowed = 0.0 if top_p >= 1 and min_p <= 0 else 5e-5
         assert mass[row, differing].sum() <= allowed, f"top_k={top_k} top_p={top_p} min_p={min_p}"
 
 
@@ -63,7 +64,7 @@ def test_kept_set(implementation: str, vocab: int):
     check(implementation, logits, OPTIONS)
 
 
-@pytest.mark.parametrize("vocab", [pytest.param(vocab, marks=on_gpu) for vocab in (32000, 50257, 128256, 151936)])
+@pytest.mark.parametrize("vocab", [pytest.param(vocab, marks=on_gpu) for vocab in VOCABS.values()])
 @pytest.mark.parametrize("spread", [0.01, 3.0, 30.0])
 def test_real_sizes(vocab: int, spread: float):
     logits = np.random.default_rng(vocab).normal(0, spread, (64, vocab)).astype(np.float32)

@@ -5,50 +5,80 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from pathlib import Path
 from typing import Any
 
+from vjax.cli.output import deliver, open_output
 from vjax.errors import ConfigError
+
+#: Options that are fields of SamplingParams, by name.
+_SAMPLING = ("n", "temperature", "top_p", "top_k", "seed", "stop")
 
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "generate",
+        allow_abbrev=False,
         help="complete prompts",
         description="Completes each prompt and prints it with its completion.",
-        epilog="Engine arguments go after the prompts as --engine.NAME VALUE, for example --engine.max_model_len 1024.",
+        epilog="Engine arguments are given as --engine.NAME VALUE, for example --engine.max_model_len 1024.",
     )
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="prompts; none: one per line of standard input")
     parser.add_argument("--model", default="vjax-tiny", help="folder, hub id or vjax-tiny (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=64, help="tokens to generate (default: %(default)s)")
+    parser.add_argument("--n", type=int, default=None, help="completions per prompt (default: 1)")
     parser.add_argument("--temperature", type=float, default=None, help="0 is greedy (default: the model's)")
-    parser.add_argument("--top-p", type=float, default=None)
-    parser.add_argument("--top-k", type=int, default=None)
-    parser.add_argument("--seed", type=int, default=None)
-    parser.add_argument("--stop", nargs="+", default=None, metavar="TEXT", help="texts that end a completion")
+    parser.add_argument("--top-p", type=float, default=None, help="draw from the most probable tokens of this mass")
+    parser.add_argument("--top-k", type=int, default=None, help="draw from this many most probable tokens")
+    parser.add_argument("--seed", type=int, default=None, help="makes the completions reproducible")
+    parser.add_argument(
+        "--stop", action="append", default=None, metavar="TEXT", help="ends a completion; may be given more than once"
+    )
     parser.add_argument("--chat", action="store_true", help="each prompt is a user's message to a chat model")
     parser.add_argument("--json", action="store_true", help="one JSON object per completion")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="write the JSON objects to a file")
     parser.set_defaults(handler=handle, takes_overrides=True)
 
 
 def handle(args: argparse.Namespace) -> int:
-    from vjax.cli.run import write
-    from vjax.config.file import apply_overrides
+    from vjax.sampling_params import SamplingParams
+
+    prompts = args.prompts or _read_prompts()
+    engine = _engine_arguments(args)
+    fields = {name: value for name in _SAMPLING if (value := getattr(args, name)) is not None}
+    fields["max_tokens"] = args.max_tokens
+    SamplingParams(**fields)  # what is wrong is said before a model is loaded
     from vjax.llm import LLM
 
-    prompts = args.prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    if not prompts:
-        raise ConfigError("There is no prompt: pass prompts as arguments, or one per line on standard input.")
+    with open_output(args.output) as stream, LLM(**engine) as llm:
+        params = dataclasses.replace(llm.get_default_sampling_params(), **fields)
+        show = sys.stderr.isatty()
+        if args.chat:
+            outputs = llm.chat([[{"role": "user", "content": p}] for p in prompts], params, use_tqdm=show)
+        else:
+            outputs = llm.generate(prompts, params, use_tqdm=show)
+        return deliver(outputs, args.output, stream, as_json=args.json)
+
+
+def _engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    from vjax.config.file import apply_overrides
+
     document = apply_overrides({"engine": {"model": args.model}}, args.overrides)
     if unknown := sorted(set(document) - {"engine"}):
-        raise ConfigError(f"--{unknown[0]}.* is not an override of `vjax generate`; only --engine.NAME VALUE is.")
-    with LLM(**document["engine"]) as llm:
-        params = llm.get_default_sampling_params()
-        chosen = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "seed", "stop")}
-        fields = {name: value for name, value in chosen.items() if value is not None}
-        params = dataclasses.replace(params, max_tokens=args.max_tokens, **fields)
-        if args.chat:
-            outputs = llm.chat([[{"role": "user", "content": p}] for p in prompts], params)
-        else:
-            outputs = llm.generate(prompts, params)
-        write(sys.stdout, outputs, as_json=args.json)
-    return 0
+        raise ConfigError(
+            f"--{unknown[0]}.* is not an override of `vjax generate`; only --engine.NAME VALUE is, and "
+            "`vjax generate --help` lists the options."
+        )
+    return document["engine"]
+
+
+def _read_prompts() -> list[str]:
+    if sys.stdin.isatty():
+        print("one prompt per line; Ctrl-D ends the input", file=sys.stderr)
+    try:
+        prompts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"Standard input is not UTF-8 text ({e}); convert it.") from e
+    if not prompts:
+        raise ConfigError("There is no prompt: pass prompts as arguments, or one per line on standard input.")
+    return prompts

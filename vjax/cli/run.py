@@ -3,38 +3,35 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from vjax.cli.output import deliver, open_output
 from vjax.config.file import RunFile, load_run_file
 
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "run",
+        allow_abbrev=False,
         help="run a config file",
         description="Runs the prompts of a YAML file: sections engine, sampling, prompts and output.",
         epilog="Any value can be overridden: vjax run FILE.yaml --sampling.max_tokens 64 --engine.max_num_seqs 8",
     )
     parser.add_argument("file", metavar="FILE.yaml", help="the run file; configs/quickstart.yaml is an example")
+    parser.add_argument("--prompts", metavar="FILE", help="a .txt or .jsonl file in place of the file's prompts")
+    parser.add_argument("--output", metavar="FILE", help="where the completions go, one JSON object per line")
+    parser.add_argument("--json", action="store_true", help="write JSON to standard output too")
     parser.set_defaults(handler=handle, takes_overrides=True)
 
 
 def handle(args: argparse.Namespace) -> int:
-    run = load_run_file(args.file, args.overrides)
+    sections = [f"--{name}={value}" for name in ("prompts", "output") if (value := getattr(args, name)) is not None]
+    run = load_run_file(args.file, args.overrides + sections)
     from vjax.llm import LLM
 
-    with LLM.from_engine_args(run.engine) as llm:
-        outputs = generate(llm, run)
-        with _open(run.output) as stream:
-            write(stream, outputs, as_json=run.output is not None)
-    if run.output is not None:
-        print(f"wrote {len(outputs)} completions to {run.output}", file=sys.stderr)
-    return 0
+    with open_output(run.output) as stream, LLM.from_engine_args(run.engine) as llm:
+        return deliver(generate(llm, run), run.output, stream, as_json=args.json)
 
 
 def generate(llm: Any, run: RunFile) -> list[Any]:
@@ -42,42 +39,9 @@ def generate(llm: Any, run: RunFile) -> list[Any]:
     from vjax.text.chat import chat_prompt
 
     prompts = [
-        chat_prompt(llm.get_tokenizer(), p["messages"]) if isinstance(p, dict) and "messages" in p else p
+        chat_prompt(llm.get_tokenizer(), p["messages"]) | {"cache_salt": p.get("cache_salt")}
+        if isinstance(p, dict) and "messages" in p
+        else p
         for p in run.prompts
     ]
-    return llm.generate(prompts, run.sampling)
-
-
-def write(stream: TextIO, outputs: Iterable[Any], *, as_json: bool) -> None:
-    """One JSON object per completion, or prompt and text for people."""
-    for output in outputs:
-        for completion in output.outputs:
-            if as_json:
-                stream.write(json.dumps(record(output, completion), ensure_ascii=False) + "\n")
-            else:
-                stream.write(f"--- {output.prompt or output.prompt_token_ids}\n{completion.text}\n")
-
-
-def record(output: Any, completion: Any) -> dict[str, Any]:
-    """What an output file holds of one completion."""
-    return {
-        "request_id": output.request_id,
-        "index": completion.index,
-        "prompt": output.prompt,
-        "text": completion.text,
-        "token_ids": list(completion.token_ids),
-        "finish_reason": completion.finish_reason,
-        "stop_reason": completion.stop_reason,
-        "num_prompt_tokens": len(output.prompt_token_ids or ()),
-        "num_cached_tokens": output.num_cached_tokens,
-    }
-
-
-@contextmanager
-def _open(path: Path | None) -> Iterator[TextIO]:
-    if path is None:
-        yield sys.stdout
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as stream:
-        yield stream
+    return llm.generate(prompts, run.sampling, use_tqdm=sys.stderr.isatty())

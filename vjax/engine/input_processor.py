@@ -9,10 +9,12 @@ import copy
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from vjax.config.engine_config import EngineConfig
 from vjax.errors import VjaxValidationError
+from vjax.log import logger, warning_once
 from vjax.messages import EngineRequest
 from vjax.sampling_params import SamplingParams
 from vjax.text.tokenizer import Tokenizer
@@ -21,6 +23,9 @@ from vjax.text.tokenizer import Tokenizer
 MAX_MASKED_TOKEN_IDS = 64
 _PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 _PROMPT_FORMS = 'a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": [...]}'
+
+
+_log = logger("engine")
 
 
 @dataclass(slots=True)
@@ -60,6 +65,7 @@ class InputProcessor:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_model_len = config.model.max_model_len
+        self._has_priorities = config.scheduler.policy == "priority"
         self._defaults = config.model.default_sampling_params
         eos = tokenizer.eos_token_id if tokenizer is not None else None
         if eos is None and eos_token_ids:
@@ -95,8 +101,9 @@ class InputProcessor:
         """
         if not isinstance(params, SamplingParams):
             raise _error("sampling_params", params, f"is a {type(params).__name__}; pass a SamplingParams")
-        if not isinstance(priority, int):
-            raise _error("priority", priority, "must be an integer; lower runs first")
+        if not isinstance(request_id, str) or not request_id:
+            raise _error("request_id", request_id, "must be a non-empty string")
+        self._check_priority(priority)
         text, token_ids, salt = self._parse(prompt)
         self._check_length(token_ids)
         complete = self._complete_params(params, len(token_ids))
@@ -160,8 +167,7 @@ class InputProcessor:
         if not ids:
             raise _empty(value)
         if set(map(type, ids)) != {int}:
-            wrong = next(i for i in ids if type(i) is not int)
-            raise _error("prompt_token_ids", wrong, f"is a {type(wrong).__name__}; token ids must be integers")
+            ids = [_integer(i) for i in ids]
         return self._in_vocabulary(ids)
 
     def _in_vocabulary(self, ids: list[int]) -> list[int]:
@@ -188,6 +194,12 @@ class InputProcessor:
                 parameter="prompt",
                 value=len(token_ids),
             )
+
+    def _check_priority(self, priority: Any) -> None:
+        if not isinstance(priority, int):
+            raise _error("priority", priority, "must be an integer; lower runs first")
+        if priority and not self._has_priorities:
+            warning_once(_log, 'priorities have no effect: create the engine with scheduling_policy="priority"')
 
     # ---- sampling parameters --------------------------------------------------------------------------------------
 
@@ -237,6 +249,13 @@ def _expand(request_id: str, params: SamplingParams) -> list[tuple[str, Sampling
         child.seed = (params.seed + i + 2**63) % 2**64 - 2**63  # stays a signed 64-bit integer
         children.append((f"{i}_{request_id}", child))
     return children
+
+
+def _integer(value: Any) -> int:
+    """A numpy integer as an int."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise _error("prompt_token_ids", value, f"is a {type(value).__name__}; token ids must be integers")
+    return int(value)
 
 
 def _empty(value: object) -> VjaxValidationError:

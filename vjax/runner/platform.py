@@ -44,7 +44,7 @@ def platform_name(device: Any) -> str:
 
 def configure_compile_cache() -> None:
     """Keeps compiled executables on disk, unless the application already configured JAX's cache or switched it off."""
-    if not envs.compile_cache_enabled() or jax.config.read("jax_compilation_cache_dir") is not None:
+    if not envs.compile_cache_enabled() or jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     folder = envs.cache_dir() / f"xla-jax{jax.__version__}"
     try:

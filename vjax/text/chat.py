@@ -9,12 +9,15 @@ from vjax.errors import VjaxValidationError
 from vjax.text.chat_template import iterates_over_content
 from vjax.text.tokenizer import Tokenizer
 
+#: Names that the renderer itself uses.
+_RESERVED = {"messages", "template", "tokenize"}
 _EXAMPLE = '{"role": "user", "content": "Hello"}'
 
 
 def render_chat(
     tokenizer: Tokenizer,
     messages: Sequence[Mapping[str, Any]],
+    /,
     *,
     chat_template: str | None = None,
     add_generation_prompt: bool = True,
@@ -31,8 +34,15 @@ def render_chat(
         template_kwargs: Further variables that the template reads, such as enable_thinking.
 
     Raises:
-        VjaxValidationError: A message is malformed, there is no template, or it refuses the messages.
+        VjaxValidationError: A message is malformed, there is no template, it refuses the messages, or a name of
+            `template_kwargs` is not free.
     """
+    if taken := sorted(_RESERVED & template_kwargs.keys()):
+        raise VjaxValidationError(
+            f"chat_template_kwargs has the name {taken[0]!r}, which is not free for a template's variable; rename it.",
+            parameter="chat_template_kwargs",
+            value=template_kwargs,
+        )
     template = tokenizer.get_chat_template(chat_template, has_tools=bool(tools))
     checked = validate_messages(messages)
     if not iterates_over_content(template):
@@ -50,7 +60,7 @@ def render_chat(
     return text
 
 
-def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **options: Any) -> dict[str, Any]:
+def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], /, **options: Any) -> dict[str, Any]:
     """The conversation as a prompt for generate: {"prompt": text, "prompt_token_ids": ids}. Options, errors: as
     `render_chat`."""
     text = render_chat(tokenizer, messages, **options)

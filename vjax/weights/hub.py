@@ -66,9 +66,13 @@ def _from_hub(model: str, revision: str | None, download_dir: str | None) -> Pat
     except (OSError, ValueError) as error:
         raise ModelLoadError(
             f"Model {model!r}{f' at revision {revision!r}' if revision else ''} is no local directory and could not be "
-            f"had from the Hugging Face hub or its cache: {error}. Check the name, the network and (for a gated "
-            "model) the token, or pass the path of a downloaded directory.",
+            f"had from the Hugging Face hub or its cache: {_one_line(error)}. Check the name, the network and (for a "
+            "gated model) the token, or pass the path of a downloaded directory.",
             parameter="model",
             value=model,
         ) from error
     return Path(path)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")

@@ -1,0 +1,195 @@
+"""Compiles the engine's step for the H200 without a GPU and prints what the compiler made of it, as JSON.
+
+    python tests/deviceless/compile_step.py
+
+A process of its own: XLA's dump must be asked for before JAX starts, and the description of a device that is not there
+must not reach another backend. The shapes are those of real models, with few layers; layers are alike, so what holds
+for two holds for thirty-two.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+TARGET = ROOT / "tests" / "kernels" / "h200.txtpb"
+_DUMP = tempfile.TemporaryDirectory(prefix="vjax-deviceless-")
+_DUMP_FOLDER = Path(_DUMP.name)
+
+sys.path.insert(0, str(ROOT))
+os.environ.update(
+    JAX_PLATFORMS="cpu",
+    JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1",
+    # A program from a cache is not compiled, and so leaves no dump.
+    JAX_ENABLE_COMPILATION_CACHE="false",
+    XLA_FLAGS=f"--xla_dump_to={_DUMP_FOLDER} --xla_dump_hlo_module_re=jit_.*",
+)
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from pallas_kernels.hlo_checks import cache_copies
+from vjax.models.functional import build_model
+from vjax.models.registry import arch_config_from_hf
+from vjax.parallel.sharding import make_mesh
+from vjax.runner.buckets import Buckets, ForwardBucket
+from vjax.runner.executables import Executables, SampleBucket
+from vjax.runner.step import Step, StepGeometry
+from vjax.sample.sampler import Variant
+
+_COMMON = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 8448,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA_3_8B = _COMMON | {
+    "vocab_size": 128256,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "rope_theta": 500000.0,
+    "num_hidden_layers": 2,
+}
+LLAMA_2_7B = _COMMON | {
+    "vocab_size": 32000,
+    "num_key_value_heads": 32,
+    "intermediate_size": 11008,
+    "rope_theta": 10000.0,
+    "num_hidden_layers": 1,
+}
+#: At block_size 16, and at 32 key/value heads fewer fit.
+NUM_BLOCKS = {8: 50000, 32: 12500}
+
+DECODE = ForwardBucket(256, 256, True)
+SMALL_DECODE = ForwardBucket(1, 1, True)
+
+
+class KeepsAndCastsCache(Step):
+    """Also returns a cache array as it was before the step, and one in another dtype."""
+
+    def forward(self, bucket, leaves, kv, rows, packed):
+        old = kv[0][0]
+        kv, rows, done = super().forward(bucket, leaves, kv, rows, packed)
+        return kv, rows, done, old, kv[0][1].astype(jnp.float32)
+
+
+class HasTemporary(Step):
+    """Makes an array of a cache's size by way of arithmetic, which is not a copy by name."""
+
+    def forward(self, bucket, leaves, kv, rows, packed):
+        kv, rows, done = super().forward(bucket, leaves, kv, rows, packed)
+        doubled = jax.lax.optimization_barrier(kv[0][0] * 2)
+        return kv, rows, done, doubled.sum(dtype=jnp.float32)
+
+
+class HasLoop(Step):
+    """Has a loop whose length only the device knows, in the way that a search in a sorted array has."""
+
+    def forward(self, bucket, leaves, kv, rows, packed):
+        kv, rows, done = super().forward(bucket, leaves, kv, rows, packed)
+        return kv, rows, jax.lax.while_loop(lambda n: n > 0, lambda n: n // 2, done)
+
+
+class DoesNotDonate(Executables):
+    """Compiles without giving away its arguments."""
+
+    def _lower(self, fn: Callable, donate: tuple[int, ...], *args: Any) -> Any:
+        return super()._lower(fn, (), *args)
+
+
+def executables(
+    config: dict[str, Any], step_type: type[Step] = Step, executables_type: type[Executables] = Executables
+) -> Executables:
+    """The executables of a model on one H200, none of them compiled yet."""
+    topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET.read_text(), topology="1x1x1")
+    mesh = make_mesh(topology.devices)
+    geometry = StepGeometry(
+        num_blocks=NUM_BLOCKS[config["num_key_value_heads"]],
+        block_size=16,
+        max_num_seqs=1024,
+        max_blocks_per_row=8448 // 16,
+        kv_head_dim=128,
+        kv_dtype="bfloat16",
+        implementation="mosaic_gpu",
+    )
+    model = build_model(arch_config_from_hf(config), jnp.bfloat16, mesh=mesh)
+    buckets = Buckets.build(max_num_batched_tokens=16384, max_num_seqs=1024, platform="gpu")
+    return executables_type(step_type(model, geometry), buckets, mesh, "gpu")
+
+
+def inspect(of: Executables, key: Any) -> dict[str, Any]:
+    """What there is to know of one compiled program: see the assertions in test_step_for_h200.py."""
+    before = set(_DUMP_FOLDER.iterdir())
+    started = time.perf_counter()
+    compiled = of.compile(key)
+    seconds = time.perf_counter() - started
+    memory, kv, rows = compiled.memory_analysis(), of.step.kv_specs(), of.step.row_specs()
+    return {
+        "name": getattr(key, "name", key),
+        "seconds": round(seconds, 1),
+        "thunks": _outer_thunks(set(_DUMP_FOLDER.iterdir()) - before),
+        "cache_copies": cache_copies(compiled.as_text(), [kv[0][0].shape]),
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "aliased_bytes": memory.alias_size_in_bytes,
+        "donated_bytes": _num_bytes((kv, rows) if isinstance(key, ForwardBucket) else rows),
+        "cache_array_bytes": _num_bytes(kv[0][0]),
+    }
+
+
+def _outer_thunks(dumped: set[Path]) -> list[str]:
+    """Kinds of the thunks that the host launches, from the dump of one program. What a command buffer captured is
+    indented below it; a program of a few kernels gets no command buffer, and then no plan after the pass that makes
+    them."""
+    plans = [path for path in dumped if ".thunk_sequence" in path.name]
+    plan = max(plans, key=lambda path: path.name.endswith(".thunk_sequence_after_thunk_passes.txt"))
+    return re.findall(r"^\d+: (k\w+)", plan.read_text(), re.MULTILINE)
+
+
+def _num_bytes(specs: Any) -> int:
+    return sum(spec.size * spec.dtype.itemsize for spec in jax.tree.leaves(specs))
+
+
+def main() -> None:
+    llama3, llama2 = executables(LLAMA_3_8B), executables(LLAMA_2_7B)
+    one_layer = LLAMA_3_8B | {"num_hidden_layers": 1}
+    keys = [
+        SMALL_DECODE,
+        DECODE,
+        ForwardBucket(2048, 1024, False),
+        SampleBucket(8, Variant.GREEDY),
+        SampleBucket(256, Variant.TRUNCATED),
+        SampleBucket(256, Variant.MASKED),
+        "write_rows",
+        "write_masked_ids",
+    ]
+    report = {
+        "llama_3_8b": [inspect(llama3, key) for key in keys],
+        "llama_2_7b": [inspect(llama2, DECODE)],
+        "planted": {
+            "keeps_and_casts_cache": inspect(executables(one_layer, KeepsAndCastsCache), SMALL_DECODE),
+            "has_temporary": inspect(executables(one_layer, HasTemporary), SMALL_DECODE),
+            "has_loop": inspect(executables(one_layer, HasLoop), SMALL_DECODE),
+            "does_not_donate": inspect(executables(one_layer, executables_type=DoesNotDonate), SMALL_DECODE),
+        },
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
