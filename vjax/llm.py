@@ -51,7 +51,6 @@ class LLM:
             args = dataclasses.replace(args, use_v1=self._mode)
         self.llm_engine = BaseLLMEngine(args)
         self._request_ids = itertools.count()
-        self._is_shut_down = False
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs) -> LLM:
@@ -79,10 +78,9 @@ class LLM:
             others: vLLM's further keywords, such as lora_request: accepted while they ask for nothing.
 
         Raises:
-            VjaxValidationError: A prompt or parameter is invalid, or the LLM was shut down. No request of the call
-                stays behind.
+            VjaxValidationError: A prompt or parameter is invalid. No request of the call stays behind.
+            RuntimeError: The LLM was shut down.
         """
-        self._check_open()
         check_other_arguments("generate", others)
         batch = prompt_list(prompts)
         if sampling_params is None:
@@ -115,7 +113,6 @@ class LLM:
         Raises:
             VjaxValidationError: As `generate`; a conversation is malformed, or the tokenizer has no chat template.
         """
-        self._check_open()
         check_other_arguments("chat", others)
         tokenizer = self.get_tokenizer()
         options = {
@@ -141,7 +138,7 @@ class LLM:
                 if p.output_kind is not RequestOutputKind.FINAL_ONLY:
                     p = p.clone()
                     p.output_kind = RequestOutputKind.FINAL_ONLY
-                request_id = str(next(self._request_ids))
+                request_id = next(i for i in map(str, self._request_ids) if not self.llm_engine.has_request(i))
                 self.llm_engine.add_request(request_id, prompt, p, arrival, priority=rank)
                 ids.append(request_id)
         except BaseException as e:
@@ -155,13 +152,15 @@ class LLM:
         """Steps until every request of the call is finished."""
         finished: dict[str, RequestOutput] = {}
         wanted = set(ids)
+        others: list[RequestOutput] = []  # of requests that were added to the engine directly
         make_progress = use_tqdm if callable(use_tqdm) else tqdm
         progress = make_progress(total=len(ids), desc="Processed prompts", unit="prompt", disable=not use_tqdm)
         start, num_in, num_out = time.monotonic(), 0, 0
         try:
             while len(finished) < len(wanted):
                 for output in self.llm_engine.step():
-                    if not output.finished or output.request_id not in wanted:
+                    if output.request_id not in wanted:
+                        others.append(output)
                         continue
                     finished[output.request_id] = output
                     num_in += len(output.prompt_token_ids or ())
@@ -174,6 +173,7 @@ class LLM:
             self.llm_engine.abort_request([i for i in ids if i not in finished])
             raise
         finally:
+            self.llm_engine.put_back(others)
             progress.close()
         return [finished[i] for i in ids]
 
@@ -197,23 +197,12 @@ class LLM:
 
     def shutdown(self) -> None:
         """Frees the device arrays; nothing can be generated afterwards. May be called more than once."""
-        engine = self.__dict__.get("llm_engine")
-        if engine is not None:
-            self._is_shut_down = True
-            engine.shutdown()
-
-    def _check_open(self) -> None:
-        if self._is_shut_down:
-            raise VjaxValidationError("This LLM was shut down and has no model any more; create a new one.")
+        self.llm_engine.shutdown()
 
     def __enter__(self) -> LLM:
-        self._check_open()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.shutdown()
-
-    def __del__(self) -> None:
         self.shutdown()
 
 

@@ -86,6 +86,10 @@ class EngineMetrics:
             self._num_tokens = num_tokens
         self._throughput.record(stats)
 
+    def record_aborts(self, count: int) -> None:
+        """Requests that ended without an output of the engine."""
+        self._num_finished["abort"] += count
+
     def snapshot(self, stats: SchedulerNumbers) -> list[Metric]:
         """All series, with the scheduler's numbers of now."""
         gauges = {

@@ -1,10 +1,8 @@
 """Compiles the engine's step for the H200 without a GPU and prints what the compiler made of it, as JSON.
 
-    python tests/deviceless/compile_step.py
-
-A process of its own: XLA's dump must be asked for before JAX starts, and the description of a device that is not there
-must not reach another backend. The shapes are those of real models, with few layers; layers are alike, so what holds
-for two holds for thirty-two.
+A process of its own, because XLA's dump must be asked for before JAX starts, and because the description of a device
+that is not there must not reach another backend. `run` starts it. The shapes are those of real models, with few
+layers; layers are alike, so what holds for two holds for thirty-two.
 """
 
 from __future__ import annotations
@@ -12,26 +10,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).resolve().parents[2]
-TARGET = ROOT / "tests" / "kernels" / "h200.txtpb"
-_DUMP = tempfile.TemporaryDirectory(prefix="vjax-deviceless-")
-_DUMP_FOLDER = Path(_DUMP.name)
-
-sys.path.insert(0, str(ROOT))
-os.environ.update(
-    JAX_PLATFORMS="cpu",
-    JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1",
-    # A program from a cache is not compiled, and so leaves no dump.
-    JAX_ENABLE_COMPILATION_CACHE="false",
-    XLA_FLAGS=f"--xla_dump_to={_DUMP_FOLDER} --xla_dump_hlo_module_re=jit_.*",
-)
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +29,9 @@ from vjax.runner.buckets import Buckets, ForwardBucket
 from vjax.runner.executables import Executables, SampleBucket
 from vjax.runner.step import Step, StepGeometry
 from vjax.sample.sampler import Variant
+
+ROOT = Path(__file__).resolve().parents[2]
+TARGET = ROOT / "tests" / "kernels" / "h200.txtpb"
 
 _COMMON = {
     "architectures": ["LlamaForCausalLM"],
@@ -78,6 +65,24 @@ NUM_BLOCKS = {8: 50000, 32: 12500}
 
 DECODE = ForwardBucket(256, 256, True)
 SMALL_DECODE = ForwardBucket(1, 1, True)
+
+
+def run(dump_folder: Path) -> dict[str, Any]:
+    """The report of `main`, from another process that dumps into `dump_folder`."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        # A program from a cache is not compiled, and so leaves no dump.
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "XLA_FLAGS": f"--xla_dump_to={dump_folder} --xla_dump_hlo_module_re=jit_.*",
+    }
+    done = subprocess.run(
+        [sys.executable, __file__, str(dump_folder)], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
 
 
 class KeepsAndCastsCache(Step):
@@ -133,9 +138,9 @@ def executables(
     return executables_type(step_type(model, geometry), buckets, mesh, "gpu")
 
 
-def inspect(of: Executables, key: Any) -> dict[str, Any]:
+def inspect(of: Executables, key: Any, dump_folder: Path) -> dict[str, Any]:
     """What there is to know of one compiled program: see the assertions in test_step_for_h200.py."""
-    before = set(_DUMP_FOLDER.iterdir())
+    before = set(dump_folder.iterdir())
     started = time.perf_counter()
     compiled = of.compile(key)
     seconds = time.perf_counter() - started
@@ -143,7 +148,7 @@ def inspect(of: Executables, key: Any) -> dict[str, Any]:
     return {
         "name": getattr(key, "name", key),
         "seconds": round(seconds, 1),
-        "thunks": _outer_thunks(set(_DUMP_FOLDER.iterdir()) - before),
+        "thunks": _outer_thunks(set(dump_folder.iterdir()) - before),
         "cache_copies": cache_copies(compiled.as_text(), [kv[0][0].shape]),
         "temporary_bytes": memory.temp_size_in_bytes,
         "aliased_bytes": memory.alias_size_in_bytes,
@@ -166,8 +171,8 @@ def _num_bytes(specs: Any) -> int:
 
 
 def main() -> None:
+    dump_folder = Path(sys.argv[1])
     llama3, llama2 = executables(LLAMA_3_8B), executables(LLAMA_2_7B)
-    one_layer = LLAMA_3_8B | {"num_hidden_layers": 1}
     keys = [
         SMALL_DECODE,
         DECODE,
@@ -178,15 +183,17 @@ def main() -> None:
         "write_rows",
         "write_masked_ids",
     ]
+    one_layer = LLAMA_3_8B | {"num_hidden_layers": 1}
+    planted = {
+        "keeps_and_casts_cache": executables(one_layer, KeepsAndCastsCache),
+        "has_temporary": executables(one_layer, HasTemporary),
+        "has_loop": executables(one_layer, HasLoop),
+        "does_not_donate": executables(one_layer, executables_type=DoesNotDonate),
+    }
     report = {
-        "llama_3_8b": [inspect(llama3, key) for key in keys],
-        "llama_2_7b": [inspect(llama2, DECODE)],
-        "planted": {
-            "keeps_and_casts_cache": inspect(executables(one_layer, KeepsAndCastsCache), SMALL_DECODE),
-            "has_temporary": inspect(executables(one_layer, HasTemporary), SMALL_DECODE),
-            "has_loop": inspect(executables(one_layer, HasLoop), SMALL_DECODE),
-            "does_not_donate": inspect(executables(one_layer, executables_type=DoesNotDonate), SMALL_DECODE),
-        },
+        "llama_3_8b": [inspect(llama3, key, dump_folder) for key in keys],
+        "llama_2_7b": [inspect(llama2, DECODE, dump_folder)],
+        "planted": {name: inspect(of, SMALL_DECODE, dump_folder) for name, of in planted.items()},
     }
     print(json.dumps(report))
 

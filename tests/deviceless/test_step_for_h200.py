@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pallas_kernels.implementation import mosaic_unavailable_reason
+from tests.deviceless.compile_step import run
 
-SCRIPT = Path(__file__).with_name("compile_step.py")
 STEP = ("decode[1]", "decode[256]", "mixed[2048]", "sample_greedy[8]", "sample_truncated[256]", "sample_masked[256]")
 UPDATES = ("write_rows", "write_masked_ids")
 
@@ -39,11 +35,9 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
 @pytest.fixture(scope="module")
-def report() -> dict[str, Any]:
+def report(tmp_path_factory) -> dict[str, Any]:
     """What compile_step.py prints."""
-    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return run(tmp_path_factory.mktemp("dump"))
 
 
 @pytest.fixture(scope="module")

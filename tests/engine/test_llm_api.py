@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -198,7 +199,6 @@ def test_reset_with_running_requests(llm, base):
         engine.step()
     assert llm.reset_prefix_cache() is False
     assert llm.reset_prefix_cache(reset_running_requests=True) is True
-    assert stream(engine, {}) == {} if not engine.has_unfinished_requests() else True
     finished = [o for _ in range(40) for o in engine.step()]
     assert [o.outputs[0].token_ids for o in finished] == [base.token_ids]
 
@@ -313,6 +313,18 @@ def test_stop_strings(llm, base):
     assert late.finish_reason == "length" and late.text == text
 
 
+def test_stop_strings_that_are_special_tokens(llm):
+    params = greedy(max_tokens=200, ignore_eos=True, stop="<|end|>", skip_special_tokens=False)
+    (plain,) = llm.chat(MESSAGES, greedy(max_tokens=200), use_tqdm=False)
+    (output,) = llm.chat(MESSAGES, params, use_tqdm=False)
+    (completion,) = output.outputs
+    assert (completion.finish_reason, completion.stop_reason) == ("stop", "<|end|>")
+    assert (completion.text, completion.token_ids) == (plain.outputs[0].text, plain.outputs[0].token_ids)
+    # Where special tokens leave no text there is nothing to find.
+    (unseen,) = llm.chat(MESSAGES, dataclasses.replace(params, skip_special_tokens=True, max_tokens=70), use_tqdm=False)
+    assert unseen.outputs[0].finish_reason == "length"
+
+
 def test_without_detokenizing(llm, base):
     output = one(llm, TEXT, greedy(detokenize=False))
     assert (output.text, output.token_ids) == ("", base.token_ids)
@@ -357,7 +369,7 @@ def test_chat_options(llm):
 def test_tokenizer(llm):
     tokenizer = llm.get_tokenizer()
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
-    assert len(tokenizer) == tokenizer.vocab_size + len(tokenizer.get_added_vocab()) == 4096 or len(tokenizer) <= 4096
+    assert len(tokenizer) == 4096 and tokenizer.eos_token_id in tokenizer.all_special_ids
     assert tokenizer.apply_chat_template(MESSAGES, tokenize=False) == render_chat(
         tokenizer, MESSAGES, add_generation_prompt=False
     )
@@ -366,7 +378,7 @@ def test_tokenizer(llm):
 # ---- metrics and progress -----------------------------------------------------------------------------------------
 
 
-def test_metrics(llm):
+def test_metrics(llm, base):
     def read() -> dict[str, float]:
         series = llm.get_metrics()
         assert all(m.name.startswith("vjax:") for m in series)
@@ -385,6 +397,8 @@ def test_metrics(llm):
     one(llm, ENDING)
     num_ending = len(llm.get_tokenizer().encode(ENDING))
     after = read()
+    assert one(llm, TEXT, greedy(stop=base.text[3:5])).finish_reason == "stop"
+    assert read()["request_successstop"] == after["request_successstop"] + 1, "a stop string is a stop"
     grown = {name: after[name] - before[name] for name in after}
     assert grown["prompt_tokens"] == 66 + num_ending
     assert grown["generation_tokens"] == 11
@@ -444,12 +458,12 @@ def test_streams_add_up_to_the_whole(llm, base):
     assert len(outputs["FINAL_ONLY"]) == 1 and outputs["FINAL_ONLY"][0].outputs == [want]
     cumulative = [o.outputs[0] for o in outputs["CUMULATIVE"]]
     assert len(cumulative) > 1 and cumulative[-1] == want
-    for shorter, longer in zip(cumulative, cumulative[1:], strict=False):
+    for shorter, longer in itertools.pairwise(cumulative):
         assert longer.text.startswith(shorter.text)
         assert longer.token_ids[: len(shorter.token_ids)] == shorter.token_ids
     deltas = [o.outputs[0] for o in outputs["DELTA"]]
     assert "".join(d.text for d in deltas) == want.text
-    assert sum((d.token_ids for d in deltas), []) == want.token_ids
+    assert [i for d in deltas for i in d.token_ids] == want.token_ids
 
 
 def test_streams_of_several_completions(llm):
@@ -483,7 +497,7 @@ def test_aborting(llm, base):
 def test_request_ids(llm):
     engine = llm.llm_engine
     for bad in (7, "", None):
-        with pytest.raises(VjaxValidationError, match="request_id=.* must be a non-empty string"):
+        with pytest.raises(VjaxValidationError, match=r"request_id=.* must be a non-empty string"):
             engine.add_request(bad, TEXT, GREEDY)
     engine.add_request("r", TEXT, GREEDY)
     with pytest.raises(VjaxValidationError, match="request_id 'r' is in use"):
@@ -494,16 +508,23 @@ def test_request_ids(llm):
 # ---- other engines ------------------------------------------------------------------------------------------------
 
 
-def test_priorities(caplog):
-    params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY)
-    with LLM("vjax-tiny", **SMALL | {"max_num_seqs": 1}, scheduling_policy="priority") as llm:
+def test_priorities():
+    with LLM("vjax-tiny", **SMALL, scheduling_policy="priority") as llm:
         engine = llm.llm_engine
-        for name, rank in [("low", 5), ("first", 0), ("second", 0), ("urgent", -3)]:
+
+        def add(name: str, max_tokens: int, rank: int) -> None:
+            params = greedy(max_tokens=max_tokens, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY)
             engine.add_request(name, TEXT, params, priority=rank)
+
+        for i in range(SMALL["max_num_seqs"]):  # they fill the rows, and leave them one after the other
+            add(f"early {i}", 2 + 2 * i, rank=0)
+        engine.step()
+        for name, rank in [("low", 5), ("first", 0), ("second", 0), ("urgent", -3)]:
+            add(name, 30, rank)
         finished = []
         while engine.has_unfinished_requests():
             finished += [o.request_id for o in engine.step()]
-        assert finished == ["urgent", "first", "second", "low"]
+        assert [name for name in finished if "early" not in name] == ["urgent", "first", "second", "low"]
         outputs = run(llm, ["a", "b", "c"], priority=np.asarray([2, 1, 0]))
         assert [o.prompt for o in outputs] == ["a", "b", "c"]
 
@@ -521,10 +542,12 @@ def test_after_shutdown():
     for call in (
         lambda: llm.generate(TEXT, GREEDY, use_tqdm=False),
         lambda: llm.chat(MESSAGES, GREEDY, use_tqdm=False),
-        lambda: llm.__enter__(),
+        lambda: llm.llm_engine.add_request("r", TEXT, GREEDY),
+        llm.llm_engine.step,
     ):
-        with pytest.raises(VjaxValidationError, match="shut down"):
+        with pytest.raises(RuntimeError, match="shut down; create a new one"):
             call()
+    assert not llm.llm_engine.has_unfinished_requests()
     with pytest.raises(VjaxValidationError, match="Metrics are off"):
         llm.get_metrics()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-GPU_MEMORY_UTILIZATION = 0.3
+from tests.gpu.engines import GPU_MEMORY_UTILIZATION
 
 if os.environ.get("VJAX_TEST_PLATFORM", "cpu") != "cpu":
     # The pool is sized when JAX starts, which may be in the test of another folder.

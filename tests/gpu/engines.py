@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 
-from tests.gpu.conftest import GPU_MEMORY_UTILIZATION
 from vjax import LLM, SamplingParams
+
+#: One pool serves all engines of a test run.
+GPU_MEMORY_UTILIZATION = 0.3
 
 
 def make_llm(model: str = "vjax-tiny", **kwargs: Any) -> LLM:
@@ -47,7 +50,15 @@ def device_bytes() -> int:
     return stats["bytes_in_use"] if stats else sum(array.nbytes for array in jax.live_arrays())
 
 
-def peak_device_bytes() -> int | None:
-    """The most bytes that were ever in use on the device, or None where that is not known."""
-    stats = jax.devices()[0].memory_stats()
-    return stats["peak_bytes_in_use"] if stats else None
+def settled_device_bytes(limit: int, seconds: float = 5.0) -> int:
+    """Bytes in use on the device as soon as they are at most `limit`, or after `seconds`: the device frees what a
+    running step still reads when that step is done."""
+    deadline = time.monotonic() + seconds
+    while (in_use := device_bytes()) > limit and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return in_use
+
+
+def peak_device_bytes() -> int:
+    """The most bytes that were ever in use on the device; 0 where that is not known."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)

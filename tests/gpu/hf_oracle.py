@@ -47,7 +47,9 @@ def margins(model: str | Path, prompts: Sequence[Sequence[int]], num_tokens: int
         folder: Where to put files.
     """
     job = {"model": str(model), "prompts": [list(map(int, p)) for p in prompts], "num_tokens": num_tokens}
-    return Margins(**{k: v[()] if v.ndim else str(v) for k, v in np.load(_run("margins", job, folder)).items()})
+    found = np.load(_run("margins", job, folder))
+    arrays = (found[name] for name in ("token_ids", "margin", "bf16_error", "bf16_ids"))
+    return Margins(*arrays, bf16_device=str(found["bf16_device"]))
 
 
 def greedy_ids(

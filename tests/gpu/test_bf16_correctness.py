@@ -59,8 +59,8 @@ def test_the_oracle_is_clear_at_most_positions(oracle, say):
     error = np.quantile(oracle.bf16_error, [0.5, 0.99, 1.0])
     say(
         f"\nHugging Face bfloat16 on {oracle.bf16_device}: logit error median {error[0]:.3f}, 99 % {error[1]:.3f}, "
-        f"largest {error[2]:.3f}; margin median {np.median(oracle.margin):.3f}; {clear.sum()} of {clear.size} positions "
-        f"are clear; its argmax is float32's at {same.sum()} of them all and at {(same & clear).sum()} of the clear ones"
+        f"largest {error[2]:.3f}; margin median {np.median(oracle.margin):.3f}; {clear.sum()} of {clear.size} "
+        f"positions are clear; argmax agrees at {same.sum()} in all and at {same[clear].sum()} of the clear ones"
     )
     assert clear.mean() > 0.5
     assert same[clear].all()
@@ -87,10 +87,12 @@ def test_free_running_decode(llm, prompts, oracle, say):
     clear, same = oracle.margin > CLEAR * oracle.bf16_error, found == oracle.token_ids
     first = [(row, int(np.argmin(same[row]))) for row in range(len(prompts)) if not same[row].all()]
     say(
-        f"\nfree-running: {len(prompts) - len(first)} of {len(prompts)} sequences equal float32's over {NUM_TOKENS} tokens; "
-        f"{sum(bool(clear[at]) for at in first)} first divergences at clear positions"
+        f"\nfree-running: {len(prompts) - len(first)} of {len(prompts)} sequences equal float32's over {NUM_TOKENS} "
+        f"tokens; {sum(bool(clear[at]) for at in first)} first divergences at clear positions"
     )
-    wrong = [(row, column, _describe(oracle, row, column, found[row, column])) for row, column in first if clear[row, column]]
+    wrong = [
+        (row, column, _describe(oracle, row, column, found[row, column])) for row, column in first if clear[row, column]
+    ]
     assert not wrong, wrong[:10]
 
 

@@ -273,7 +273,9 @@ def raise_problems(problems: Mapping[str, str]) -> None:
     if not problems:
         return
     text = "; ".join(problems.values())
-    raise ConfigError(f"{text}.", parameter=next(iter(problems)) if len(problems) == 1 else None)
+    raise ConfigError(
+        text if text.endswith("?") else f"{text}.", parameter=next(iter(problems)) if len(problems) == 1 else None
+    )
 
 
 def _by_relevance() -> list[str]:

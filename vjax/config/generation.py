@@ -53,12 +53,17 @@ def resolve_generation(
         content = {"eos_token_id": list(config_eos_token_ids)}
         content |= {key: value for key, value in (model_file or {}).items() if value is not None}
     elif source != "vllm":
-        content = _read(Path(source).expanduser())
+        content = read_generation_config(Path(source).expanduser())
     content |= overrides or {}
     return GenerationDefaults(_sampling_fields(content, source), _token_ids(content.get("eos_token_id")))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_generation_config(path: Path) -> dict[str, Any]:
+    """Content of a generation_config.json, given by its path or its folder's.
+
+    Raises:
+        ConfigError: It cannot be read, or is no JSON object.
+    """
     file = path / _FILE if path.is_dir() else path
     hint = f'pass "auto", "vllm", or the path of a {_FILE} or of its folder'
     try:

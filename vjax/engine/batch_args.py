@@ -40,7 +40,7 @@ def prompt_list(prompts: Any) -> list[Prompt]:
             parameter="prompts",
             value=prompts,
         )
-    batch = list(prompts)
+    batch: list[Any] = list(prompts)
     return [batch] if batch and isinstance(batch[0], Integral) else batch
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -10,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from pallas_kernels import default_implementation, padded_head_dim
 from vjax import envs
 from vjax.config.engine_args import EngineArgs
 from vjax.config.engine_config import EngineConfig
+from vjax.config.generation import read_generation_config
 from vjax.engine.core import EngineCore
 from vjax.log import logger
 from vjax.models.arch import ArchConfig
@@ -28,6 +29,7 @@ from vjax.runner.executables import Executables
 from vjax.runner.runner import ModelRunner
 from vjax.runner.step import Step, StepGeometry
 from vjax.scheduler.factory import make_scheduler
+from vjax.text.tokenizer import Tokenizer, load_tokenizer
 from vjax.weights.hub import resolve_model_path
 from vjax.weights.loader import load_weights
 
@@ -41,7 +43,8 @@ class BuiltEngine:
     core: EngineCore
     config: EngineConfig
     arch: ArchConfig
-    model_dir: Path
+    #: None with skip_tokenizer_init.
+    tokenizer: Tokenizer | None
 
 
 def build_engine(args: EngineArgs) -> BuiltEngine:
@@ -57,7 +60,15 @@ def build_engine(args: EngineArgs) -> BuiltEngine:
     model_dir = resolve_model_path(args.model, revision=args.revision, download_dir=args.download_dir)
     hf_config = read_hf_config(model_dir)
     arch = arch_config_from_hf(hf_config)
-    generation_config = read_generation_config(model_dir, args.generation_config)
+    generation_config = None
+    if args.generation_config == "auto" and (model_dir / "generation_config.json").is_file():
+        generation_config = read_generation_config(model_dir)
+    # Before the minutes that weights and compilation take: a bad tokenizer is found at once.
+    tokenizer = None
+    if not args.skip_tokenizer_init:
+        tokenizer = load_tokenizer(
+            args.tokenizer, model_dir=model_dir, revision=args.revision, download_dir=args.download_dir
+        )
     device = platform.configure(args.gpu_memory_utilization)
     kind = platform.platform_name(device)
     device_memory = (device.memory_stats() or {}).get("bytes_limit", 0) if kind == "gpu" else 0
@@ -82,28 +93,45 @@ def build_engine(args: EngineArgs) -> BuiltEngine:
         config.cache.num_gpu_blocks,
         config.cache.block_size,
     )
-    return BuiltEngine(core, config, arch, model_dir)
+    return BuiltEngine(core, config, arch, tokenizer)
 
 
 def build_runner(
     config: EngineConfig, arch: ArchConfig, model_dir: Path, device: Any
 ) -> tuple[ModelRunner, EngineConfig]:
-    """Weights, executables and KV cache on `device`; returns the config with num_gpu_blocks filled in."""
-    kind = platform.platform_name(device)
+    """Weights, executables and KV cache on `device`; returns the config with num_gpu_blocks filled in.
+
+    When it fails, nothing stays on the device, however long the traceback lives.
+    """
     mesh = make_mesh([device])
-    dtype = jnp.dtype(config.model.dtype)
+    model = build_model(arch, jnp.dtype(config.model.dtype), mesh=mesh)
+    memory.check_weights_fit(model.leaf_specs.values(), config, device)
+    leaves = load_weights(model, model_dir, mesh=mesh, load_format=config.load.load_format, seed=config.model.seed)
+    try:
+        geometry = step_geometry(config, arch, device)
+        config = replace(config, cache=replace(config.cache, num_gpu_blocks=geometry.num_blocks))
+        return _start_runner(config, Step(model, geometry), leaves, mesh, platform.platform_name(device)), config
+    except BaseException:
+        for leaf in leaves:
+            leaf.delete()
+        raise
+
+
+def step_geometry(config: EngineConfig, arch: ArchConfig, device: Any) -> StepGeometry:
+    """Sizes of the step on `device`, whose weights are loaded: KV blocks get what is left.
+
+    Raises:
+        OutOfMemoryError: See `memory.num_kv_blocks`.
+    """
     # XLA's CPU backend converts a whole bfloat16 cache to float32 and back around a scatter.
-    kv_dtype = jnp.dtype(jnp.float32) if kind == "cpu" else dtype
+    on_cpu = platform.platform_name(device) == "cpu"
+    kv_dtype = jnp.dtype(jnp.float32 if on_cpu else config.model.dtype)
     implementation = default_implementation(kv_dtype, arch.head_dim)
     kv_head_dim = padded_head_dim(arch.head_dim, implementation)
-
-    model = build_model(arch, dtype, mesh=mesh)
-    leaves = load_weights(model, model_dir, mesh=mesh, load_format=config.load.load_format, seed=config.model.seed)
     num_blocks = memory.num_kv_blocks(
         config, arch, kv_head_dim=kv_head_dim, kv_itemsize=kv_dtype.itemsize, device=device
     )
-    config = replace(config, cache=replace(config.cache, num_gpu_blocks=num_blocks))
-    geometry = StepGeometry(
+    return StepGeometry(
         num_blocks=num_blocks,
         block_size=config.cache.block_size,
         max_num_seqs=config.scheduler.max_num_seqs,
@@ -112,29 +140,26 @@ def build_runner(
         kv_dtype=kv_dtype.name,
         implementation=implementation,
     )
+
+
+def _start_runner(config: EngineConfig, step: Step, leaves: tuple, mesh: Mesh, kind: str) -> ModelRunner:
+    """Compiles what serving cannot start without, allocates the KV cache and, on a GPU, goes on compiling behind."""
     buckets = Buckets.build(
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
         max_num_seqs=config.scheduler.max_num_seqs,
         platform=kind,
     )
-    executables = Executables(Step(model, geometry), buckets, mesh, kind)
+    executables = Executables(step, buckets, mesh, kind)
     if kind == "gpu":  # before the KV cache takes the memory that GEMM autotuning works in
         executables.compile_all(executables.covering_keys(), _compile_progress)
-        memory.check_temporaries(executables.get_ready(buckets.mixed[-1]), arch, config, dtype.itemsize)
+        itemsize = jnp.dtype(config.model.dtype).itemsize
+        memory.check_temporaries(executables.get_ready(buckets.mixed[-1]), step.model.arch, config, itemsize)
     runner = ModelRunner(leaves, executables)
     if kind == "gpu":
         runner.warm_up()
         executables.compile_in_background()
-    return runner, config
+    return runner
 
 
 def _compile_progress(keys: Iterable, total: int) -> Iterable:
     return tqdm(keys, desc="Compiling", unit="program", total=total, disable=None)
-
-
-def read_generation_config(model_dir: Path, source: str) -> dict[str, Any]:
-    """generation_config.json of the model ("auto"), of another folder, or {} ("vllm")."""
-    if source == "vllm":
-        return {}
-    path = (model_dir if source == "auto" else Path(source)) / "generation_config.json"
-    return json.loads(path.read_text()) if path.is_file() else {}

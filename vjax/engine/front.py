@@ -17,10 +17,13 @@ from vjax.engine.input_processor import InputProcessor
 from vjax.engine.interrupt import DeferInterrupt
 from vjax.engine.output_processor import OutputProcessor
 from vjax.errors import VjaxValidationError
+from vjax.log import logger
 from vjax.metrics import EngineMetrics, Metric
 from vjax.outputs import RequestOutput
 from vjax.sampling_params import SamplingParams
-from vjax.text.tokenizer import Tokenizer, load_tokenizer
+from vjax.text.tokenizer import Tokenizer
+
+log = logger(__name__)
 
 
 class BaseLLMEngine:
@@ -36,12 +39,11 @@ class BaseLLMEngine:
     def __init__(self, args: EngineArgs):
         if args.use_v1 is None and self.use_v1 is not None:
             args = dataclasses.replace(args, use_v1=self.use_v1)
+        self._is_shut_down = False
         built = build_engine(args)
         self._core = built.core
         self.config: EngineConfig = built.config
-        self.tokenizer: Tokenizer | None = None
-        if not args.skip_tokenizer_init:
-            self.tokenizer = load_tokenizer(args.tokenizer or built.model_dir, model_dir=built.model_dir)
+        self.tokenizer: Tokenizer | None = built.tokenizer
         self._inputs = InputProcessor(
             built.config,
             vocab_size=built.arch.vocab_size,
@@ -80,6 +82,7 @@ class BaseLLMEngine:
         Raises:
             VjaxValidationError: The request can never run; nothing of it stays behind.
         """
+        self._check_running()
         if self._outputs.has_request(request_id):
             raise VjaxValidationError(
                 f"request_id {request_id!r} is in use by an unfinished request; choose another or abort that one.",
@@ -102,7 +105,8 @@ class BaseLLMEngine:
     def abort_request(self, request_ids: str | Sequence[str]) -> None:
         """Ends requests; unknown and finished ids are ignored."""
         ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
-        self._core.abort_requests(self._outputs.abort(ids))
+        aborted = self._core.abort_requests(self._outputs.abort(ids))
+        self._metrics.record_aborts(len(aborted))
 
     def step(self) -> list[RequestOutput]:
         """One step of the engine.
@@ -113,10 +117,19 @@ class BaseLLMEngine:
         Raises:
             KeyboardInterrupt: Ctrl-C arrived; the engine is intact and the step's outputs come with the next call.
         """
+        self._check_running()
         with DeferInterrupt():
             self._undelivered += self._step()
         outputs, self._undelivered = self._undelivered, []
         return outputs
+
+    def put_back(self, outputs: Sequence[RequestOutput]) -> None:
+        """Outputs that the caller of `step` has no use for: the next call returns them again, first."""
+        self._undelivered += outputs
+
+    def has_request(self, request_id: str) -> bool:
+        """Whether the id belongs to an unfinished request."""
+        return self._outputs.has_request(request_id)
 
     def _step(self) -> list[RequestOutput]:
         core_outputs = self._core.step()
@@ -157,12 +170,17 @@ class BaseLLMEngine:
 
     def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
         """Forgets all cached prefixes; False (with a warning) while requests hold blocks."""
-        return self._core.reset_prefix_cache(reset_running_requests)
+        done = self._core.reset_prefix_cache(reset_running_requests)
+        if not done:
+            log.warning("the prefix cache was not reset: unfinished requests hold blocks; finish or abort them first")
+        return done
 
     def warm_up(self) -> None:
-        """Compiles everything that any step may need, so that serving never waits for the compiler."""
+        """Compiles and runs everything that any step may need, so that serving never waits for the compiler. To be
+        called while nothing runs."""
         self._core.runner.executables.wait()
         self._core.runner.executables.compile_all()
+        self._core.runner.warm_up()
 
     @property
     def num_compilations_while_serving(self) -> int:
@@ -170,5 +188,14 @@ class BaseLLMEngine:
         return self._core.runner.executables.num_compilations_while_serving
 
     def shutdown(self) -> None:
-        """Frees the device arrays. The engine cannot be used afterwards."""
+        """Frees the device arrays; dropping the last reference does the same. The engine cannot be used afterwards."""
+        self._is_shut_down = True
         self._core.shutdown()
+
+    def __del__(self) -> None:
+        if "_core" in self.__dict__:  # otherwise it was never built
+            self.shutdown()
+
+    def _check_running(self) -> None:
+        if self._is_shut_down:
+            raise RuntimeError("The engine was shut down; create a new one.")

@@ -163,7 +163,12 @@ def _dtype_name(config: dict[str, Any]) -> str | None:
     return str(name).removeprefix("torch.") if name else None
 
 
-def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
+def _token_ids(value: Any) -> tuple[int, ...]:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise ModelLoadError(
+            f"config.json: eos_token_id is {value!r}; a token id or a list of token ids is needed.",
+            parameter="eos_token_id",
+            value=value,
+        )
+    return tuple(ids)

@@ -36,7 +36,7 @@ def arch_config_from_hf(config: dict[str, Any]) -> ArchConfig:
             supported, or the one that is missing.
     """
     architectures = config.get("architectures")
-    if not isinstance(architectures, list) or len(architectures) != 1:
+    if not isinstance(architectures, list) or len(architectures) != 1 or not isinstance(architectures[0], str):
         raise ModelLoadError(
             f"config.json: architectures is {architectures!r}; a list of one of {', '.join(MODELS)} is needed.",
             parameter="architectures",

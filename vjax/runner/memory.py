@@ -9,6 +9,7 @@ compiler's own figure.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -55,17 +56,22 @@ def num_kv_blocks(config: EngineConfig, arch: ArchConfig, *, kv_head_dim: int, k
     needed = math.ceil(config.model.max_model_len / cache.block_size) + 1
     if blocks < needed:
         fits = max(blocks - 1, 0) * cache.block_size
+        lower = f"Lower max_model_len to at most {fits}, or raise" if fits else "Raise"
         raise OutOfMemoryError(
-            f"The KV cache ({source}) has {blocks} blocks of {cache.block_size} tokens "
-            f"({blocks * per_block / _GIB:.2f} GiB, one of them the null block), but one request of "
-            f"max_model_len={config.model.max_model_len} tokens needs {needed} ({needed * per_block / _GIB:.2f} GiB). "
-            f"Lower max_model_len to at most {fits} or raise "
-            f"{'num_gpu_blocks_override' if cache.num_gpu_blocks_override is not None else _knob(config, device)}."
+            f"The KV cache ({source}) has {blocks} blocks of {cache.block_size} tokens ({_size(blocks * per_block)}), "
+            f"the null block included, but one request of max_model_len={config.model.max_model_len} tokens needs {needed} "
+            f"({_size(needed * per_block)}). {lower} {_knob(config, device)}."
         )
     return blocks
 
 
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / _GIB:.2f} GiB" if num_bytes >= _GIB // 10 else f"{num_bytes / (1 << 20):.2f} MiB"
+
+
 def _knob(config: EngineConfig, device: Any) -> str:
+    if config.cache.num_gpu_blocks_override is not None:
+        return f"num_gpu_blocks_override to at least {-(-config.model.max_model_len // config.cache.block_size) + 1}"
     if device.platform == "cpu" or config.cache.kv_cache_memory_bytes is not None:
         return "kv_cache_memory_bytes"
     return "gpu_memory_utilization"
@@ -88,6 +94,25 @@ def _available_bytes(config: EngineConfig, arch: ArchConfig, itemsize: int, devi
         available / _GIB,
     )
     return available, f"gpu_memory_utilization={config.cache.gpu_memory_utilization}"
+
+
+def check_weights_fit(specs: Iterable[Any], config: EngineConfig, device: Any) -> None:
+    """Checked before the first weight is loaded.
+
+    Raises:
+        OutOfMemoryError: The weights alone exceed what XLA's pool has left.
+    """
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if not stats:
+        return
+    needed = sum(math.prod(s.shape) * s.dtype.itemsize for s in specs)
+    free = stats["bytes_limit"] - stats["bytes_in_use"]
+    if needed > free:
+        raise OutOfMemoryError(
+            f"The weights take {needed / _GIB:.2f} GiB in {config.model.dtype}, and {free / _GIB:.2f} GiB of "
+            f"{device.device_kind} are free within gpu_memory_utilization={config.cache.gpu_memory_utilization}. Raise "
+            "gpu_memory_utilization, free what else this process holds on the device, or use a smaller model."
+        )
 
 
 def check_temporaries(compiled: Any, arch: ArchConfig, config: EngineConfig, itemsize: int) -> None:

@@ -67,12 +67,14 @@ class ModelRunner:
         # What the least sample program for each row is; row 0 never samples.
         self._row_variant = np.zeros(step.geometry.max_num_seqs + 1, np.int8)
         buckets = executables.buckets
+        self._kv: Any = None
+        self._rows: Any = None
         self._layouts = {b: step.layout(b) for b in (*buckets.decode, *buckets.mixed)}
         self.reset()
 
     def reset(self) -> None:
-        """Allocates an empty KV cache and empty rows; what was there is gone."""
-        self._kv = self._rows = None
+        """Allocates an empty KV cache and empty rows; what was there is gone, whoever still refers to it."""
+        _delete((self._kv, self._rows))
         kv_sharding = named_sharding(self.mesh, (None, "kv_heads", None, None))
         self._kv = allocate(self.step.kv_specs(), kv_sharding)
         self._rows = allocate(self.step.row_specs(), named_sharding(self.mesh, ()))
@@ -113,9 +115,7 @@ class ModelRunner:
         """Stops compilation and frees every device array. The pool itself goes back to the driver when the process
         ends."""
         self.executables.shutdown()
-        for array in jax.tree.leaves((self._leaves, self._head, self._kv, self._rows)):
-            if not array.is_deleted():
-                array.delete()
+        _delete((self._leaves, self._head, self._kv, self._rows))
         self._leaves = self._head = ()
         self._kv = self._rows = None
 
@@ -152,6 +152,13 @@ class ModelRunner:
             self._rows = compiled(self._rows, np.zeros(1 + MAX_MASKED_IDS, np.int32))
         else:
             self._rows, _ = compiled(self._head, self._rows)
+
+
+def _delete(arrays: Any) -> None:
+    """Frees device memory now: a traceback or a user may hold references for long."""
+    for array in jax.tree.leaves(arrays):
+        if not array.is_deleted():
+            array.delete()
 
 
 def row_variant(init: RowInit) -> Variant:

@@ -137,6 +137,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as e:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as e:
         raise ConfigError(f"{path} is not valid JSON ({e}); restore the file.", value=str(path)) from e
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds no JSON object; restore the file.", value=str(path))
+    return content

@@ -1,0 +1,110 @@
+"""Decode attention for Hopper in Pallas Mosaic GPU: the launches."""
+
+from __future__ import annotations
+
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mosaic import interpret_params
+from pallas_kernels.ragged_paged_attention.mosaic_decode_combine import combine
+from pallas_kernels.ragged_paged_attention.mosaic_decode_kernel import LOG2E, STAGED_COLUMNS, Kernel, kernel
+from pallas_kernels.ragged_paged_attention.plan_decode import TILE_ROWS, DecodePlan, tiling
+
+
+def decode_attention(
+    q: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    plan: DecodePlan,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    out: jax.Array | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Attention of the sequences of a decode plan; see api.ragged_paged_attention for the arguments.
+
+    Args:
+        q: [T, H, D].
+        k_cache: [num_blocks, KVH, block_size, D].
+        v_cache: Like k_cache.
+        plan: From plan_decode.
+        scale: Factor of the scores.
+        soft_cap: As in the API.
+        sinks: f32[H] or None: logits that take part in each head's softmax without a value.
+        out: [T, H, D] to write into, in place where XLA can: rows of tokens that the plan has not stay as they are.
+            None: those rows are zeros.
+        interpret: Run on the CPU with race detection.
+    """
+    shape, config, tiles = plan.shape, plan.config, tiling(plan.config, plan.shape)
+    head_dim = shape.head_dim
+    used, pad = config.heads * shape.group_size, tiles.token_rows - config.heads * shape.group_size
+
+    def rows(x: jax.Array) -> jax.Array:
+        """[T, groups, token_rows, D] of [T, H, D]."""
+        x = x.reshape(shape.num_tokens, tiles.groups, used, head_dim)
+        return jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0))) if pad else x
+
+    static = Kernel(config, shape, tiles, scale, soft_cap, interpret)
+    boxes = (-1, tiles.box_rows, head_dim)
+    arguments = [plan.streams, plan.seqs, plan.block_tables, rows(q), k_cache.reshape(boxes), v_cache.reshape(boxes)]
+    if sinks is not None:
+        logits = jnp.pad(sinks.reshape(tiles.groups, used) * LOG2E, ((0, 0), (0, pad)))
+        repeats = -(-TILE_ROWS // tiles.token_rows)
+        arguments.append(jnp.tile(logits, (1, repeats))[:, :TILE_ROWS].astype(jnp.float32))
+    target = None if out is None else jax.new_ref(rows(out))
+    results = _launch(static, arguments, sinks is not None, target)
+    if target is None:
+        target = jax.new_ref(results.pop(0))
+    partial, lse = results
+    combine(plan, tiles, partial, lse, target, zero_padding=out is None, interpret=interpret)
+    return jax.freeze(target)[:, :, :used].reshape(q.shape)
+
+
+def _launch(static: Kernel, arguments: list[jax.Array], has_sinks: bool, target: jax.Ref | None) -> list[jax.Array]:
+    """Runs the kernel: [output unless there is a target, partial, lse]; see combine."""
+    config, shape, tiles = static.config, static.shape, static.tiles
+    q = arguments[3]
+    pieces = 2 * config.num_streams
+    outputs = [
+        jax.ShapeDtypeStruct((pieces, shape.max_q_len * tiles.token_rows, shape.head_dim), jnp.float32),
+        jax.ShapeDtypeStruct((pieces, TILE_ROWS), jnp.float32),
+    ]
+    if target is None:
+        outputs.insert(0, jax.ShapeDtypeStruct(q.shape, q.dtype))
+    else:
+        arguments = [*arguments, target]
+    swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
+    slots, ring = config.streams * config.stages, (config.columns, shape.head_dim)
+    scratch = {
+        "q_smem": plgpu.SMEM((config.streams, TILE_ROWS, shape.head_dim), q.dtype, transforms=swizzled),
+        "q_barriers": plgpu.Barrier(num_arrivals=shape.max_q_len, num_barriers=config.streams),
+        "ring": plgpu.SMEM((slots, *ring), q.dtype, transforms=swizzled),
+        "full": plgpu.Barrier(num_arrivals=tiles.boxes, num_barriers=slots),
+        "empty": plgpu.Barrier(num_barriers=slots),
+        "staged": plgpu.SMEM((config.streams, TILE_ROWS, STAGED_COLUMNS), jnp.float32),
+    }
+
+    def body(*refs, **scratch) -> None:
+        refs = list(refs)
+        sinks = refs.pop(6) if has_sinks else None
+        kernel(static, *refs[:6], sinks, *refs[6:], **scratch)
+
+    launch = plgpu.kernel(
+        body,
+        out_type=outputs,
+        scratch_types=scratch,
+        grid=(config.ctas,),
+        grid_names=("cta",),
+        num_threads=config.streams + 1,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=not static.interpret
+        ),
+        interpret=interpret_params(static.interpret),
+        kernel_name="decode_attention",
+    )
+    return list(launch(*arguments))
