@@ -65,11 +65,3 @@ class Buckets:
         if num_tokens != num_seqs:
             return mixed
         return self.decode[bisect_left(self.decode, num_tokens, key=lambda b: b.num_tokens) :] + mixed
-
-    def sample_candidates(self, num_rows: int) -> tuple[int, ...]:
-        """Sample sizes that hold `num_rows`, the tightest first."""
-        return self.sample[bisect_left(self.sample, num_rows) :]
-
-    def covering(self) -> tuple[tuple[ForwardBucket, ...], tuple[int, ...]]:
-        """The fewest shapes that can serve any step: the largest of each family."""
-        return (self.decode[-1], self.mixed[-1]), (self.sample[-1],)

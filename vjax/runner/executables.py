@@ -9,6 +9,7 @@ needed. `compile_all` does everything at once, with progress.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -34,6 +35,9 @@ log = logger(__name__)
 # always does; with that the largest prefill bucket grew from 434 to 595 kernels.
 _GPU_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
 _MAX_COMPILE_THREADS = 8
+#: Seconds after which a thread that traces hands the interpreter to the serving thread, while programs are compiled
+#: behind it (Python's default is 0.005, more than a decode step).
+_SWITCH_INTERVAL = 0.0005
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,12 @@ class SampleBucket:
     @property
     def name(self) -> str:
         return f"sample_{self.variant.name.lower()}[{self.num_rows}]"
+
+
+def sample_buckets(sizes: Sequence[int]) -> list[SampleBucket]:
+    """Every sample program, by variant and then by size. Those that truncate take long to lower: every other size."""
+    sparse = sizes[::-2][::-1]
+    return [SampleBucket(n, v) for v in Variant for n in (sizes if v < Variant.TRUNCATED else sparse)]
 
 
 Key = ForwardBucket | SampleBucket | str
@@ -68,13 +78,14 @@ class Executables:
         self.platform = platform
         #: Compilations done while a step was waiting for them (counted; zero once everything is compiled).
         self.num_compilations_while_serving = 0
+        self._sample_buckets = sample_buckets(buckets.sample)
         self._ready: dict[Key, Any] = {}
         self._lock = threading.Lock()
         self._key_locks: dict[Key, threading.Lock] = {}
         # Tracing is Python: threads that trace at the same time only make each other slow.
         self._tracing = threading.Lock()
         self._num_threads = max(1, min(_MAX_COMPILE_THREADS, (os.cpu_count() or 1) // 2))
-        self._background: list[threading.Thread] = []
+        self._background: threading.Thread | None = None
         self._stopped = False
 
     # ---- choosing -----------------------------------------------------------------------------------------------
@@ -85,9 +96,8 @@ class Executables:
 
     def sample_for(self, num_rows: int, variant: Variant) -> Any:
         """The executable that samples `num_rows` rows, at least as capable as `variant`."""
-        sizes = self.buckets.sample_candidates(num_rows)
-        candidates = [SampleBucket(n, v) for v in Variant if v >= variant for n in sizes]
-        return self._choose(candidates)[1]
+        capable = [b for b in self._sample_buckets if b.variant >= variant and b.num_rows >= num_rows]
+        return self._choose(capable)[1]
 
     def update(self, name: str) -> Any:
         """ "write_rows" or "write_masked_ids"."""
@@ -106,8 +116,7 @@ class Executables:
     # ---- compiling ----------------------------------------------------------------------------------------------
 
     def all_keys(self) -> list[Key]:
-        samples = [SampleBucket(n, v) for v in Variant for n in self.buckets.sample]
-        return ["write_rows", "write_masked_ids", *self.buckets.decode, *self.buckets.mixed, *samples]
+        return ["write_rows", "write_masked_ids", *self.buckets.decode, *self.buckets.mixed, *self._sample_buckets]
 
     def covering_keys(self) -> list[Key]:
         """What is compiled before serving: the largest shape of each family, which can serve any step, and every other
@@ -129,8 +138,9 @@ class Executables:
         """Compiles what is missing in threads that end, after the program they are at, with `shutdown` or with the
         process."""
         missing = deque(k for k in self.all_keys() if k not in self._ready)
+        interval = sys.getswitchinterval()
 
-        def work() -> None:
+        def compile_missing() -> None:
             while missing and not self._stopped and threading.main_thread().is_alive():
                 try:
                     key = missing.popleft()
@@ -141,14 +151,22 @@ class Executables:
                 except Exception as e:  # the tighter bucket stays unavailable; a wider one serves
                     log.warning("could not compile %s in the background: %s", getattr(key, "name", key), e)
 
-        self._background = [threading.Thread(target=work, name="vjax-compile") for _ in range(self._num_threads)]
-        for thread in self._background:
-            thread.start()
+        def supervise() -> None:
+            sys.setswitchinterval(_SWITCH_INTERVAL)
+            workers = [threading.Thread(target=compile_missing, name="vjax-compile") for _ in range(self._num_threads)]
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+            sys.setswitchinterval(interval)
+
+        self._background = threading.Thread(target=supervise, name="vjax-compile")
+        self._background.start()
 
     def wait(self) -> None:
         """Blocks until background compilation is done."""
-        for thread in self._background:
-            thread.join()
+        if self._background is not None:
+            self._background.join()
 
     def shutdown(self) -> None:
         self._stopped = True

@@ -53,13 +53,14 @@ def num_kv_blocks(config: EngineConfig, arch: ArchConfig, *, kv_head_dim: int, k
     else:
         available, source = _available_bytes(config, arch, kv_itemsize, device)
         blocks = max(available, 0) // per_block
-    needed = math.ceil(config.model.max_model_len / cache.block_size) + 1
+    max_model_len = config.model.max_model_len
+    needed = math.ceil(max_model_len / cache.block_size) + 1
     if blocks < needed:
         fits = max(blocks - 1, 0) * cache.block_size
         lower = f"Lower max_model_len to at most {fits}, or raise" if fits else "Raise"
         raise OutOfMemoryError(
             f"The KV cache ({source}) has {blocks} blocks of {cache.block_size} tokens ({_size(blocks * per_block)}), "
-            f"the null block included, but one request of max_model_len={config.model.max_model_len} tokens needs {needed} "
+            f"the null block included, but one request of max_model_len={max_model_len} tokens needs {needed} "
             f"({_size(needed * per_block)}). {lower} {_knob(config, device)}."
         )
     return blocks
