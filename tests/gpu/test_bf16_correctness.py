@@ -15,7 +15,7 @@ import pytest
 
 from tests.gpu.engines import generated_ids, greedy, make_llm
 from tests.gpu.hf_oracle import Margins, margins
-from vjax.text.tokenizer import load_tokenizer
+from vjax.text.load import load_tokenizer
 from vjax.weights.hub import resolve_model_path
 
 pytestmark = pytest.mark.gpu

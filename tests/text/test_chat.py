@@ -7,7 +7,7 @@ import pytest
 from vjax.errors import VjaxValidationError
 from vjax.text.chat import chat_prompt, render_chat
 from vjax.text.chat_template import iterates_over_content, render
-from vjax.text.tokenizer import load_tokenizer
+from vjax.text.load import load_tokenizer
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},

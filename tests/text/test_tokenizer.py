@@ -8,7 +8,7 @@ import pytest
 from tokenizers import AddedToken
 
 from vjax.errors import ConfigError, VjaxValidationError
-from vjax.text.tokenizer import load_tokenizer
+from vjax.text.load import load_tokenizer
 
 SAMPLES = [
     "hello world",
@@ -137,7 +137,7 @@ def test_without_tokenizer_json_transformers_reads_it(tmp_path, byte_level_dir):
 
 def test_neither_transformers_nor_torch_is_imported(byte_level_dir):
     code = (
-        "import sys; from vjax.text.tokenizer import load_tokenizer; import vjax.text.detokenizer, vjax.text.chat\n"
+        "import sys; from vjax.text.load import load_tokenizer; import vjax.text.detokenizer, vjax.text.chat\n"
         f"t = load_tokenizer({str(byte_level_dir)!r}); t.encode('x')\n"
         "vjax.text.chat.render_chat(t, [{'role': 'user', 'content': 'x'}])\n"
         "print([m for m in ('transformers', 'torch', 'jax', 'huggingface_hub') if m in sys.modules])"

@@ -29,7 +29,8 @@ from vjax.runner.executables import Executables
 from vjax.runner.runner import ModelRunner
 from vjax.runner.step import Step, StepGeometry
 from vjax.scheduler.factory import make_scheduler
-from vjax.text.tokenizer import Tokenizer, load_tokenizer
+from vjax.text.load import load_tokenizer
+from vjax.text.tokenizer import Tokenizer
 from vjax.weights.hub import resolve_model_path
 from vjax.weights.loader import load_weights
 
