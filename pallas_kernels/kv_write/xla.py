@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 def write_kv(
@@ -18,3 +19,55 @@ def write_kv(
         return cache.at[block, :, offset].set(new.astype(cache.dtype), mode="drop")
 
     return scatter(k_cache, k), scatter(v_cache, v)
+
+
+def rope_write_kv(
+    qkv: jax.Array | tuple[jax.Array, jax.Array, jax.Array],
+    cos: jax.Array,
+    sin: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    slots: jax.Array,
+    q_norm: jax.Array | None,
+    k_norm: jax.Array | None,
+    *,
+    eps: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """See rope.rope_write_kv."""
+    q, k, v = turned_heads(qkv, cos, sin, q_norm, k_norm, eps=eps, head_dim=k_cache.shape[-1])
+    return q, *write_kv(k_cache, v_cache, k, v, slots)
+
+
+def turned_heads(
+    qkv: jax.Array | tuple[jax.Array, jax.Array, jax.Array],
+    cos: jax.Array,
+    sin: jax.Array,
+    q_norm: jax.Array | None,
+    k_norm: jax.Array | None,
+    *,
+    eps: float,
+    head_dim: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q [T, H, head_dim], k and v [T, KVH, head_dim], q and k normalised and rotated, zero-padded to `head_dim`."""
+
+    def turned(x: jax.Array, norm: jax.Array | None) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        if norm is not None:
+            factor = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + jnp.float32(eps))
+            wide = wide * factor * norm.astype(jnp.float32)
+        first, second = jnp.split(wide, 2, axis=-1)
+        c, s = cos[:, None], sin[:, None]
+        return jnp.concatenate([first * c - second * s, second * c + first * s], axis=-1).astype(x.dtype)
+
+    def padded(x: jax.Array) -> jax.Array:
+        extra = head_dim - x.shape[-1]
+        return jnp.pad(x, ((0, 0), (0, 0), (0, extra))) if extra else x
+
+    q, k, v = qkv if isinstance(qkv, tuple) else unpacked(qkv)
+    return padded(turned(q, q_norm)), padded(turned(k, k_norm)), padded(v)
+
+
+def unpacked(qkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q [T, KVH * G, D], k and v [T, KVH, D] of qkv [T, KVH, G + 2, D]."""
+    num_tokens, _, _, head_dim = qkv.shape
+    return qkv[:, :, :-2].reshape(num_tokens, -1, head_dim), qkv[:, :, -2], qkv[:, :, -1]

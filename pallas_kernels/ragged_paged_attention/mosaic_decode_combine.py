@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic import interpret_params, load
-from pallas_kernels.ragged_paged_attention.plan_decode import DecodePlan, Tiling
+from pallas_kernels.ragged_paged_attention.plan_decode import DecodePlan, Piece, Tiling
 
 _ROWS = 4  # of a warpgroup: one for each warp
 _MAX_WARPGROUPS = 4
@@ -27,7 +27,14 @@ def layout(head_dim: int) -> Any:
 
 
 def combine(
-    plan: DecodePlan, tiles: Tiling, partial: jax.Array, lse: jax.Array, out: Any, *, zero_padding: bool, interpret: bool
+    plan: DecodePlan,
+    tiles: Tiling,
+    partial: jax.Array,
+    lse: jax.Array,
+    out: Any,
+    *,
+    zero_padding: bool,
+    interpret: bool,
 ) -> None:
     """Writes the rows of split items into the ref `out` [T, groups, token_rows, D].
 
@@ -49,38 +56,32 @@ def combine(
         grid_names=("group", "chunk", "token"),
         num_threads=warpgroups,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=not interpret
+        ),
         interpret=interpret_params(interpret),
         kernel_name="combine_decode_attention",
     )
-    launch(plan.tokens, plan.pieces, partial, lse, out)
+    launch(plan.pieces, partial, lse, out)
 
 
-def _kernel(
-    unroll: int, tiles: Tiling, warpgroups: int, zero_padding: bool, tokens, pieces, partial, lse, out
-) -> None:
+def _kernel(unroll: int, tiles: Tiling, warpgroups: int, zero_padding: bool, pieces, partial, lse, out) -> None:
     token, group = lax.axis_index("token"), lax.axis_index("group")
     row = (lax.axis_index("chunk") * warpgroups + lax.axis_index("wg")) * _ROWS
-    seq, offset = tokens[token, 0], tokens[token, 1]
+    first, count, item_row = (pieces[token, group, column] for column in Piece)
     target = out.at[token, group, pl.ds(row, _ROWS)]
     inside = row < tiles.token_rows
-    head_dim = out.shape[-1]
 
     if zero_padding:
 
-        @pl.when(inside & (seq < 0))
+        @pl.when(inside & (count < 0))
         def _zero():
-            target[...] = plgpu.layout_cast(jnp.zeros((_ROWS, head_dim), out.dtype), layout(head_dim))
+            target[...] = plgpu.layout_cast(jnp.zeros((_ROWS, out.shape[-1]), out.dtype), layout(out.shape[-1]))
 
-    @pl.when(inside & (seq >= 0))
-    def _real():
-        first, count = pieces[jnp.maximum(seq, 0), group, 0], pieces[jnp.maximum(seq, 0), group, 1]
-
-        @pl.when(count > 1)
-        def _split():
-            start = offset * tiles.token_rows + row
-            result = _weighted_mean(unroll, first, count, start, partial, lse)
-            target[...] = result.astype(out.dtype)
+    @pl.when(inside & (count > 1))
+    def _split():
+        result = _weighted_mean(unroll, first, count, item_row + row, partial, lse)
+        target[...] = result.astype(out.dtype)
 
 
 def _weighted_mean(unroll: int, first: Any, count: Any, row: Any, partial: Any, lse: Any) -> jax.Array:
@@ -98,7 +99,7 @@ def _weighted_mean(unroll: int, first: Any, count: Any, row: Any, partial: Any, 
             slot = 2 * (first + index) + jnp.where(index == 0, 1, 0)
             values.append(load(partial.at[slot, pl.ds(row, _ROWS)], full))
             log = load(lse.at[slot, pl.ds(row, _ROWS)], rows)
-            logs.append(jnp.where(piece < count, log, _NOTHING))
+            logs.append(log + jnp.where(piece < count, 0.0, _NOTHING))
         new_maximum = functools.reduce(jnp.maximum, logs, maximum)
         correction = jnp.exp2(maximum - new_maximum)
         total, weight = total * lax.broadcast_in_dim(correction, total.shape, [0]), weight * correction

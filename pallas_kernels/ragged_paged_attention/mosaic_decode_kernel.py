@@ -1,64 +1,24 @@
 """Body of the decode attention kernel for Hopper: streams of tiles, a producer warp and a warpgroup for each.
 
-The warp fills a ring of K and V tiles by TMA and runs on from one item to the next. The warpgroup keeps FlashAttention's
-online softmax, in base 2, in registers. The rows of an item are query tokens x query heads; with several KV heads to an
-item, a tile has some keys of all of them, and the scores between a row and another head's keys are masked. That
-costs nothing: the rows of a wgmma are 64 however few of them are used.
+The warp fills a ring of K and V tiles by TMA and runs on from one item to the next, so that the memory never waits for
+the end of an item. The warpgroup computes.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic import load
-from pallas_kernels.ragged_paged_attention.plan_decode import TILE_ROWS, DecodeConfig, DecodeShape, Seq, Stream, Tiling
+from pallas_kernels.ragged_paged_attention.mosaic_decode_tile import Item, Kernel, start, tile_step
+from pallas_kernels.ragged_paged_attention.plan_decode import Seq, Stream
 
-STAGED_COLUMNS = 64  # of a float32 result on its way out, also of values rewritten at a time
-LOG2E = math.log2(math.e)
-_MASKED = -1e30
-
-
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """Static description of one launch: what the plan says, and the options of the call."""
-
-    config: DecodeConfig
-    shape: DecodeShape
-    tiles: Tiling
-    scale: float
-    soft_cap: float | None
-    interpret: bool
-
-    @property
-    def skips_masks(self) -> bool:
-        """Whether tiles that every row sees whole get a loop of their own; at head_dim 256 two loops spill."""
-        return self.shape.sliding_window is None and self.shape.head_dim < 256
-
-
-@dataclasses.dataclass(frozen=True)
-class Item:
-    """What a stream does of one item: `count` tiles from tile `first` on. All are traced scalars."""
-
-    seq: Any
-    group: Any
-    first: Any
-    count: Any
-    whole: Any
-    first_cell: Any
-    kv_len: Any
-    q_start: Any
-    q_len: Any
-    table_row: Any
+_REGISTERS = {2: (232, 40), 3: (160, 32)}  # of a thread that computes and one that loads, by streams; 1: no limit
 
 
 def kernel(
@@ -70,15 +30,15 @@ def kernel(
 
     @pl.when(wg < config.streams)
     def _compute():
-        if config.streams > 1:
-            plgpu.set_max_registers(232, action="increase")
+        if config.streams in _REGISTERS:
+            plgpu.set_max_registers(_REGISTERS[config.streams][0], action="increase")
         stream = wg * config.ctas + cta
         _consume(static, wg, stream, streams, seqs, q_gmem, sinks, out, partial, lse, **scratch)
 
     @pl.when(wg == config.streams)
     def _load():
-        if config.streams > 1:
-            plgpu.set_max_registers(40, action="decrease")
+        if config.streams in _REGISTERS:
+            plgpu.set_max_registers(_REGISTERS[config.streams][1], action="decrease")
 
         @plgpu.warp_map
         def _warp(warp):
@@ -94,17 +54,23 @@ def _for_each_item(static: Kernel, stream: Any, streams: Any, seqs: Any, body: C
     total = streams[stream, Stream.TILES]
 
     def step(_: Any, state: Any) -> Any:
-        seq, group, first, done = state
-        tiles = seqs[seq, Seq.TILES]
-        count = jnp.minimum(tiles - first, total - done)
-        names = ("first_cell", "kv_len", "q_start", "q_len", "table_row")
-        values = {name: seqs[seq, Seq[name.upper()]] for name in names}
-        item = Item(seq=seq, group=group, first=first, count=count, whole=count == tiles, **values)
+        seq, group, first, done, fields = state
+        wraps = group == static.tiles.groups - 1
+        next_seq = jnp.where(wraps, seq + 1, seq)
+        next_row = jnp.minimum(next_seq, seqs.shape[0] - 1)
+        next_fields = tuple(seqs[next_row, field] for field in Seq)
+        count = jnp.minimum(fields[Seq.TILES] - first, total - done)
+        item = Item(group, first, count, *fields)
         pl.when(count > 0)(lambda: body(item, done))
-        last = group == static.tiles.groups - 1
-        return jnp.where(last, seq + 1, seq), jnp.where(last, 0, group + 1), jnp.int32(0), done + count
+        return next_seq, jnp.where(wraps, 0, group + 1), jnp.int32(0), done + count, next_fields
 
-    state = (streams[stream, Stream.SEQ], streams[stream, Stream.GROUP], streams[stream, Stream.TILE], jnp.int32(0))
+    state = (
+        streams[stream, Stream.SEQ],
+        streams[stream, Stream.GROUP],
+        streams[stream, Stream.TILE],
+        jnp.int32(0),
+        tuple(streams[stream, Stream.FIRST_ITEM + field] for field in Seq),
+    )
     lax.fori_loop(0, streams[stream, Stream.ITEMS], step, state)
     return total
 
@@ -197,10 +163,10 @@ def _consume(
 
         def step(i: Any, carry: Any, *, masked: bool) -> Any:
             slots = tuple(_slot(static, 2 * (done + i) + j, index) for j in range(2))
-            return _tile(static, item, item.first + i, carry, q_smem, ring, full, empty, slots, masked=masked)
+            return tile_step(static, item, item.first + i, carry, q_smem, ring, full, empty, slots, masked=masked)
 
         unmasked = jnp.int32(0)
-        carry = _start(static, item, sinks)
+        carry = start(static, item, sinks)
         if static.skips_masks:
             whole_tiles = (item.kv_len - item.q_len + 1) // tiles.tile_keys
             unmasked = jnp.clip(whole_tiles - item.first, 0, item.count)
@@ -210,6 +176,7 @@ def _consume(
 
         @pl.when(item.whole)
         def _finished():
+            plgpu.commit_smem()  # every warp is done with the queries
             q_smem[...] = accumulator.astype(q_smem.dtype)
             plgpu.commit_smem()
             for i in range(tokens):
@@ -223,129 +190,11 @@ def _consume(
             slot = 2 * stream + jnp.where(item.first == 0, 1, 0)
             lse[slot] = maximum + jnp.log2(total)
             rows = pl.ds(0, tokens * tiles.token_rows)
-            for column in range(0, static.shape.head_dim, STAGED_COLUMNS):
-                staged[...] = accumulator[:, column : column + STAGED_COLUMNS]
+            width = min(static.config.staged, static.shape.head_dim)
+            for column in range(0, static.shape.head_dim, width):
+                staged[...] = accumulator[:, column : column + width]
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(staged.at[rows], partial.at[slot, :, pl.ds(column, STAGED_COLUMNS)])
+                plgpu.copy_smem_to_gmem(staged.at[rows], partial.at[slot, :, pl.ds(column, width)])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     _for_each_item(static, stream, streams, seqs, attend)
-
-
-def _start(static: Kernel, item: Item, sinks: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(sum of weighted values, maximum, sum of weights) before the first tile; a sink is a key without a value."""
-    rows = plgpu.Layout.WGMMA.reduce(1)
-    maximum = plgpu.layout_cast(jnp.full((TILE_ROWS,), _MASKED, jnp.float32), rows)
-    total = plgpu.layout_cast(jnp.zeros((TILE_ROWS,), jnp.float32), rows)
-    if sinks is not None:
-        begins = item.first == 0
-        maximum = jnp.where(begins, load(sinks.at[item.group], rows), maximum)
-        total = jnp.where(begins, 1.0, total)
-    zeros = jnp.zeros((TILE_ROWS, static.shape.head_dim), jnp.float32)
-    return plgpu.layout_cast(zeros, plgpu.Layout.WGMMA), maximum, total
-
-
-def _tile(
-    static: Kernel,
-    item: Item,
-    tile: Any,
-    carry: Any,
-    q_smem: Any,
-    ring: Any,
-    full: Any,
-    empty: Any,
-    slots: tuple[Any, Any],
-    *,
-    masked: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One step of the online softmax: the tile's K is in the first slot, its V in the second."""
-    accumulator, maximum, total = carry
-    k_slot, v_slot = slots
-    first_key = (item.first_cell + tile * static.tiles.boxes) * static.tiles.cell
-
-    plgpu.barrier_wait(full.at[k_slot])
-    scores = _scores(static, q_smem, ring.at[k_slot])
-    plgpu.barrier_arrive(empty.at[k_slot])
-    visible = _visible(static, item, first_key, masked=masked)
-    if visible is not None:
-        scores = jnp.where(visible, scores, _MASKED)
-
-    new_maximum = jnp.maximum(maximum, scores.max(axis=1))
-    correction = jnp.exp2(maximum - new_maximum)
-    weights = jnp.exp2(scores - lax.broadcast_in_dim(new_maximum, scores.shape, [0]))
-    total = total * correction + weights.sum(axis=1)
-    accumulator = accumulator * lax.broadcast_in_dim(correction, accumulator.shape, [0])
-
-    plgpu.barrier_wait(full.at[v_slot])
-    if masked:
-        _zero_unused_values(static, item, ring.at[v_slot], first_key)
-    accumulator = _add_product(static, accumulator, weights.astype(q_smem.dtype), ring.at[v_slot])
-    plgpu.barrier_arrive(empty.at[v_slot])
-    return accumulator, new_maximum, total
-
-
-def _scores(static: Kernel, q_smem: Any, k_smem: Any) -> jax.Array:
-    """f32[64, columns] scores times log2(e), soft-capped."""
-
-    def product(accumulator: Any) -> jax.Array:
-        plgpu.wgmma(accumulator, q_smem, k_smem.transpose((1, 0)))
-        return accumulator[...]
-
-    shape = (TILE_ROWS, static.config.columns)
-    scores = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
-    if static.soft_cap is None:
-        return scores * (static.scale * LOG2E)
-    return jnp.tanh(scores * (static.scale / static.soft_cap)) * (static.soft_cap * LOG2E)
-
-
-def _iota(static: Kernel, axis: int) -> jax.Array:
-    shape = (TILE_ROWS, static.config.columns)
-    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
-
-
-def _visible(static: Kernel, item: Item, first_key: Any, *, masked: bool) -> jax.Array | None:
-    """bool[64, columns]: whether a row sees a key of its own head; None: all do."""
-    tiles, heads = static.tiles, static.config.heads
-    row, column = _iota(static, 0), _iota(static, 1)
-    row_head = lax.rem(row, tiles.token_rows) // static.shape.group_size
-    own = None if heads == 1 else row_head == lax.rem(column, tiles.box_rows) // tiles.cell
-    if not masked:
-        return own
-    key = first_key + column // tiles.box_rows * tiles.cell + lax.rem(column, tiles.cell)
-    position = item.kv_len - item.q_len + row // tiles.token_rows
-    visible = key <= position
-    if static.shape.sliding_window is not None:
-        visible &= key > position - static.shape.sliding_window
-    return visible if own is None else visible & own
-
-
-def _zero_unused_values(static: Kernel, item: Item, v_smem: Any, first_key: Any) -> None:
-    """Zeroes the values that no row sees: their weight is 0, but an unwritten slot may hold NaN."""
-    tiles, begin = static.tiles, jnp.int32(0)
-    if static.shape.sliding_window is not None:
-        begin = jnp.maximum(item.kv_len - item.q_len - (static.shape.sliding_window - 1), 0)
-
-    @pl.when((first_key + tiles.tile_keys > item.kv_len) | (first_key < begin))
-    def _():
-        shape = (static.config.columns, STAGED_COLUMNS)
-        row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
-        key = first_key + row // tiles.box_rows * tiles.cell + lax.rem(row, tiles.cell)
-        for column in range(0, static.shape.head_dim, STAGED_COLUMNS):
-            part = v_smem.at[:, pl.ds(column, STAGED_COLUMNS)]
-            values = load(part, plgpu.Layout.WGMMA)
-            part[...] = jnp.where((key >= begin) & (key < item.kv_len), values, jnp.zeros_like(values))
-        plgpu.commit_smem()
-
-
-def _add_product(static: Kernel, accumulator: jax.Array, weights: jax.Array, v_smem: Any) -> jax.Array:
-    """accumulator + weights @ values. Nothing may come between this wgmma and its wait.
-
-    The weights are the wgmma's operand in registers, and ptxas before CUDA 13.3 may hand those registers to later
-    instructions while the wgmma still reads them.
-    """
-    if static.interpret:  # the interpreter has no wgmma that accumulates in place; its plain read needs a fence
-        product = jnp.dot(weights, v_smem[...], preferred_element_type=jnp.float32)
-        plgpu.commit_smem()
-        return accumulator + product
-    product = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, v_smem))
-    return product(plgpu.WGMMAAccumulatorRef.init(accumulator))  # pyright: ignore[reportReturnType]

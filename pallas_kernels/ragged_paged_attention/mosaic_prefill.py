@@ -1,4 +1,9 @@
-"""Prefill attention for Hopper in Pallas Mosaic GPU: the launch."""
+"""Prefill attention for Hopper in Pallas Mosaic GPU: the launch.
+
+A persistent CTA works through items: a query tile and some query heads of one KV head. Its compute warpgroups own 64
+rows each; one more warpgroup feeds them keys and values, and the next item's queries while the last item is still
+being computed.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +12,21 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.ragged_paged_attention.mosaic_prefill_kernel import WARPGROUP_ROWS, Config, Problem, kernel
+from pallas_kernels.mosaic import interpret_params
+from pallas_kernels.ragged_paged_attention.mosaic_prefill_common import (
+    OUTPUT_COLUMNS,
+    OUTPUT_TRANSFORMS,
+    WARPGROUP_ROWS,
+    Config,
+    Cta,
+    Problem,
+)
+from pallas_kernels.ragged_paged_attention.mosaic_prefill_compute import Warpgroup
+from pallas_kernels.ragged_paged_attention.mosaic_prefill_producer import produce
 from pallas_kernels.ragged_paged_attention.plan_prefill import ROW_ALIGNMENT, PrefillPlan
 
 
@@ -24,26 +41,34 @@ def prefill_attention(
     sliding_window: int | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
-    config: Config = Config(),
+    config: Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Causal attention of the plan's tokens over the paged KV cache, which already holds the step's keys and values.
 
     Args:
-        q: [T, H, D], T a multiple of 8.
+        q: [T, H, D].
         k_cache: [num_blocks, KVH, block_size, D].
         v_cache: Like k_cache.
-        plan: From plan_prefill, for this step and config.tile_tokens.
+        plan: From plan_prefill, for this step.
         output: [T, H, D], written in place under donation: the plan's tokens and the padding tokens, no other rows.
             None: a fresh array, whose other rows are undefined.
         scale, sliding_window, soft_cap: As for ragged_paged_attention; scale is positive.
         sinks: f32[H], a logit per head that takes part in the softmax and has no value; None: off.
-        config: How to cut and schedule the work.
+        config: How to cut and schedule the work; the plan's tile_tokens must be its. None: default_config.
         interpret: Run on the CPU with race detection.
     """
     num_tokens, num_heads, head_dim = q.shape
+    padding = -num_tokens % ROW_ALIGNMENT
+    if padding:  # a bucket of a few tokens
+        rows = ((0, padding), (0, 0), (0, 0))
+        q = jnp.pad(q, rows)
+        output = None if output is None else jnp.pad(output, rows)
     group = num_heads // k_cache.shape[1]
-    _check(config, group, num_tokens)
+    config = config or default_config(head_dim)
+    _check(config, group)
+    if plan.tile_tokens != config.tile_tokens:
+        raise ValueError(f"the plan is for tiles of {plan.tile_tokens} tokens; the config has {config.tile_tokens}")
     if scale <= 0:
         raise ValueError(f"scale is {scale}; it must be positive")
     problem = Problem(
@@ -61,14 +86,15 @@ def prefill_attention(
     arguments = (plan.block_tables, plan.tiles, plan.num_tiles, q, k_cache, v_cache, sink_logits)
     reference = jax.new_ref(jnp.empty_like(q) if output is None else output)
     _launch(config, problem, q.dtype)(*arguments, reference)
-    return jax.freeze(reference)
+    return jax.freeze(reference)[:num_tokens]
 
 
-import os
-INLINE=os.environ.get('INLINE','ignore')
-from pallas_kernels.mosaic import interpret_params
+def default_config(head_dim: int) -> Config:
+    """The configuration for long chunks."""
+    return Config(tile_keys=64, overlap=False) if head_dim == 256 else Config()
 
-def _check(config: Config, group: int, num_tokens: int) -> None:
+
+def _check(config: Config, group: int) -> None:
     rows = config.warpgroups * WARPGROUP_ROWS
     if rows % config.tile_tokens or config.tile_tokens % ROW_ALIGNMENT:
         raise ValueError(f"tile_tokens is {config.tile_tokens}; it must divide {rows} and be a multiple of 8")
@@ -76,8 +102,6 @@ def _check(config: Config, group: int, num_tokens: int) -> None:
         raise ValueError(f"tile_tokens is {config.tile_tokens}; a head's rows must be whole warpgroups or divide one")
     if group % config.heads:
         raise ValueError(f"an item has {config.heads} heads; the group of {group} heads is no multiple of it")
-    if num_tokens % ROW_ALIGNMENT:
-        raise NotImplementedError(f"there are {num_tokens} tokens; the kernel needs a multiple of {ROW_ALIGNMENT}")
 
 
 def _launch(config: Config, problem: Problem, dtype: jnp.dtype):
@@ -85,24 +109,20 @@ def _launch(config: Config, problem: Problem, dtype: jnp.dtype):
     rows_shape = (config.warpgroups, WARPGROUP_ROWS, problem.head_dim)
     kv_shape = (config.stages, config.tile_keys, problem.head_dim)
     copies = config.copies(problem.block_size)
-    segments = WARPGROUP_ROWS // config.segment_rows
     scratch = {
         "q_smem": plgpu.SMEM(rows_shape, dtype, transforms=swizzled),
         "k_smem": plgpu.SMEM(kv_shape, dtype, transforms=swizzled),
         "v_smem": plgpu.SMEM(kv_shape, dtype, transforms=swizzled),
-        "o_smem": plgpu.RefUnion(
-            plgpu.SMEM(rows_shape, dtype, transforms=swizzled),
-            plgpu.SMEM(rows_shape, dtype),
+        "o_smem": plgpu.SMEM(
+            (*rows_shape[:2], min(problem.head_dim, OUTPUT_COLUMNS)), dtype, transforms=OUTPUT_TRANSFORMS
         ),
-        "q_full": plgpu.Barrier(num_arrivals=segments, num_barriers=config.warpgroups),
+        "q_full": plgpu.Barrier(num_arrivals=config.segments, num_barriers=config.warpgroups),
         "q_free": plgpu.Barrier(num_barriers=config.warpgroups),
-        "k_full": plgpu.Barrier(num_arrivals=copies, num_barriers=config.stages),
-        "k_free": plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
-        "v_full": plgpu.Barrier(num_arrivals=copies, num_barriers=config.stages + 1),
-        "v_free": plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
+        "kv_full": plgpu.Barrier(num_arrivals=copies, num_barriers=2 * config.stages + 1),
+        "kv_free": plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=2 * config.stages),
     }
     return plgpu.kernel(
-        functools.partial(kernel, config, problem),
+        functools.partial(_kernel, config, problem),
         out_type=(),
         scratch_types=scratch,
         grid=(config.num_ctas,),
@@ -117,6 +137,22 @@ def _launch(config: Config, problem: Problem, dtype: jnp.dtype):
     )
 
 
+def _kernel(config: Config, problem: Problem, tables, tiles, num_tiles, q, k, v, sinks, output, **scratch) -> None:
+    """Body of one CTA."""
+    cta = Cta(config, problem, tables, tiles, num_tiles, q, k, v, sinks, output, **scratch)
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup < config.warpgroups)
+    def _compute():
+        plgpu.set_max_registers(config.registers[0], action="increase")
+        Warpgroup(cta, warpgroup).compute()
+
+    @pl.when(warpgroup == config.warpgroups)
+    def _produce():
+        plgpu.set_max_registers(config.registers[1], action="decrease")
+        produce(cta)
+
+
 def _interpret_params():
-    """The named barriers of the turns only make waits; the interpreter passes over them."""
-    return dataclasses.replace(interpret_params(True), inline_mgpu=INLINE)
+    """The named barriers only make the compute warpgroups wait for each other; the interpreter passes over them."""
+    return dataclasses.replace(interpret_params(True), inline_mgpu="ignore")

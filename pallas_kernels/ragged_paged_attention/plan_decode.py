@@ -1,9 +1,9 @@
 """The work of one decode step's attention, cut into equal streams on the device; built once a step, for every layer.
 
-An item is one sequence and `heads` KV heads. Its keys come in tiles. The tiles of all items, one after the other, are cut into
-as many nearly equal streams as there are warpgroups to work on them, wherever that cuts an item (stream-K, Osama et
-al., arXiv 2301.03598): there are no waves and no tail. An item that lies in one stream is finished there. The others leave a
-piece in each of their streams, and a second kernel combines those.
+An item is one sequence and `heads` KV heads. Its keys come in tiles. The tiles of all items, one after the other, are
+cut into as many nearly equal streams as there are warpgroups to work on them, wherever that cuts an item (stream-K,
+Osama et al., arXiv 2301.03598): there are no waves and no tail. An item that lies in one stream is finished there.
+The others leave a piece in each of their streams, and a second kernel combines those.
 """
 
 from __future__ import annotations
@@ -18,18 +18,8 @@ TILE_ROWS = 64
 """Rows (query tokens x query heads) of an item: the M of one wgmma."""
 
 
-class Stream(enum.IntEnum):
-    """Columns of DecodePlan.streams."""
-
-    SEQ = 0
-    GROUP = 1
-    TILE = 2
-    TILES = 3
-    ITEMS = 4
-
-
 class Seq(enum.IntEnum):
-    """Columns of DecodePlan.seqs."""
+    """Columns of DecodePlan.seqs: tiles of an item, first cell that is read, keys, first token, tokens, table row."""
 
     TILES = 0
     FIRST_CELL = 1
@@ -37,6 +27,25 @@ class Seq(enum.IntEnum):
     Q_START = 3
     Q_LEN = 4
     TABLE_ROW = 5
+
+
+class Stream(enum.IntEnum):
+    """Columns of DecodePlan.streams: first item and its first tile, tiles and items, then the first item's Seq."""
+
+    SEQ = 0
+    GROUP = 1
+    TILE = 2
+    TILES = 3
+    ITEMS = 4
+    FIRST_ITEM = 5
+
+
+class Piece(enum.IntEnum):
+    """Columns of DecodePlan.pieces: first stream of an item, its streams (-1: no item), the token's first row in it."""
+
+    STREAM = 0
+    COUNT = 1
+    ROW = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +56,11 @@ class DecodeConfig:
         heads: KV heads of an item. The blocks of neighbouring heads are contiguous, so one TMA brings them all.
         columns: Keys x heads of a tile: the N of the score wgmma, 64 or 128.
         stages: Tiles of K or V in the ring of a stream.
-        streams: Streams of a CTA, each with a warpgroup of its own, 1 or 2.
+        streams: Streams of a CTA, each with a warpgroup of its own, 1 to 3.
         ctas: CTAs, one for each SM.
         min_tiles: Least tiles of a stream, so that short contexts are not cut into crumbs.
         unroll: Pieces that the combining kernel loads at once.
+        staged: Columns of a float32 result that leave through shared memory at once.
     """
 
     heads: int
@@ -60,6 +70,7 @@ class DecodeConfig:
     ctas: int = 132
     min_tiles: int = 2
     unroll: int = 4
+    staged: int = 64
 
     @property
     def num_streams(self) -> int:
@@ -122,7 +133,7 @@ def tiling(config: DecodeConfig, shape: DecodeShape) -> Tiling:
     token_rows = -(-config.heads * shape.group_size // 8) * 8
     parts = max(1, block_rows // config.columns) if config.heads == 1 else 1
     box_rows = block_rows // parts
-    if shape.num_kv_heads % config.heads or config.columns % box_rows or config.streams not in (1, 2):
+    if shape.num_kv_heads % config.heads or config.columns % box_rows or config.streams not in (1, 2, 3):
         raise ValueError(f"{config} does not fit {shape}")
     if token_rows * shape.max_q_len > TILE_ROWS:
         raise ValueError(
@@ -146,11 +157,9 @@ class DecodePlan:
 
     Attributes:
         block_tables: i32[N, B], as passed to plan_decode.
-        streams: i32[num_streams, 8], columns Stream: first item (sequence, group), its first tile, then the stream's
-            number of tiles and of items.
-        seqs: i32[S, 8], columns Seq: tiles of an item, first cell that is read, keys, first token, tokens, table row.
-        pieces: i32[S, groups, 2], first stream of an item and number of streams.
-        tokens: i32[T, 2], sequence of a token (-1: none) and offset in it.
+        streams: i32[num_streams, 16], columns Stream.
+        seqs: i32[S, 8], columns Seq.
+        pieces: i32[T, groups, 4], columns Piece: the item that a token is in.
         config, shape: static.
     """
 
@@ -158,7 +167,6 @@ class DecodePlan:
     streams: jax.Array
     seqs: jax.Array
     pieces: jax.Array
-    tokens: jax.Array
     config: DecodeConfig = dataclasses.field(metadata={"static": True})
     shape: DecodeShape = dataclasses.field(metadata={"static": True})
 
@@ -187,14 +195,21 @@ def plan_decode(
     seq_tiles = jnp.where(serves, (cells + (tiles_of.boxes - 1)) // tiles_of.boxes, 0)
     ends = jnp.cumsum(seq_tiles * tiles_of.groups, dtype=jnp.int32)
     begins = ends - seq_tiles * tiles_of.groups
-    seqs = [seq_tiles, first_cell, kv_lens, cu_q_lens[:-1], q_lens, table_rows]
+    seqs = _columns([seq_tiles, first_cell, kv_lens, cu_q_lens[:-1], q_lens, table_rows], 8)
     cut = _Cut(ends[-1], config)
+    owner = _owner(cu_q_lens, serves, shape.num_tokens)
+    first, count = _pieces(cut, seq_tiles, begins, tiles_of.groups)
+    row = (jnp.arange(shape.num_tokens, dtype=jnp.int32) - cu_q_lens[owner]) * tiles_of.token_rows
+    columns = [
+        first[owner],
+        jnp.where(owner[:, None] < 0, -1, count[owner]),
+        jnp.broadcast_to(row[:, None], count[owner].shape),
+    ]
     return DecodePlan(
         block_tables=block_tables,
-        streams=_streams(cut, seq_tiles, begins, ends, tiles_of.groups),
-        seqs=_columns(seqs),
-        pieces=_pieces(cut, seq_tiles, begins, tiles_of.groups),
-        tokens=_tokens(cu_q_lens, serves, shape.num_tokens),
+        streams=_streams(cut, seqs, begins, ends, tiles_of.groups),
+        seqs=seqs,
+        pieces=_columns(columns, 4),
         config=config,
         shape=shape,
     )
@@ -222,39 +237,39 @@ class _Cut:
         )
 
 
-def _columns(columns: list[jax.Array]) -> jax.Array:
-    """i32[n, 8] of up to eight i32[n]."""
-    zeros = [jnp.zeros_like(columns[0])] * (8 - len(columns))
+def _columns(columns: list[jax.Array], width: int) -> jax.Array:
+    """i32[..., width] of up to `width` i32[...]."""
+    zeros = [jnp.zeros_like(columns[0])] * (width - len(columns))
     return jnp.stack(columns + zeros, axis=-1)
 
 
-def _streams(cut: _Cut, seq_tiles: jax.Array, begins: jax.Array, ends: jax.Array, groups: int) -> jax.Array:
+def _streams(cut: _Cut, seqs: jax.Array, begins: jax.Array, ends: jax.Array, groups: int) -> jax.Array:
     stream = jnp.arange(cut.num_streams, dtype=jnp.int32)
     begin, end = cut.begin(stream), cut.begin(stream + 1)
-    tiles = end - begin
-    last = jnp.int32(seq_tiles.shape[0] - 1)
+    last_row = jnp.int32(seqs.shape[0] - 1)
 
     def item(tile: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        seq = jnp.minimum(jnp.sum(tile[:, None] >= ends[None, :], axis=1, dtype=jnp.int32), last)
-        offset, length = tile - begins[seq], jnp.maximum(seq_tiles[seq], 1)
+        seq = jnp.minimum(jnp.sum(tile[:, None] >= ends[None, :], axis=1, dtype=jnp.int32), last_row)
+        offset, length = tile - begins[seq], jnp.maximum(seqs[seq, Seq.TILES], 1)
         return seq, offset // length, offset % length
 
     seq, group, tile = item(begin)
     last_seq, last_group, _ = item(end - 1)
-    items = jnp.where(tiles > 0, (last_seq - seq) * groups + last_group - group + 1, 0)
-    return _columns([seq, group, tile, tiles, items])
+    items = jnp.where(end > begin, (last_seq - seq) * groups + last_group - group + 1, 0)
+    return _columns([seq, group, tile, end - begin, items, *jnp.moveaxis(seqs[seq, : len(Seq)], 1, 0)], 16)
 
 
-def _pieces(cut: _Cut, seq_tiles: jax.Array, begins: jax.Array, groups: int) -> jax.Array:
+def _pieces(cut: _Cut, seq_tiles: jax.Array, begins: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
+    """First stream and number of streams i32[S, groups] of each item."""
     begin = begins[:, None] + seq_tiles[:, None] * jnp.arange(groups, dtype=jnp.int32)
     first = cut.stream(begin)
     count = cut.stream(begin + seq_tiles[:, None] - 1) - first + 1
-    return jnp.stack([first, jnp.where(seq_tiles[:, None] > 0, count, 0)], axis=-1)
+    return first, jnp.where(seq_tiles[:, None] > 0, count, 0)
 
 
-def _tokens(cu_q_lens: jax.Array, serves: jax.Array, num_tokens: int) -> jax.Array:
+def _owner(cu_q_lens: jax.Array, serves: jax.Array, num_tokens: int) -> jax.Array:
+    """i32[T], the sequence of each token, -1 for none."""
     token = jnp.arange(num_tokens, dtype=jnp.int32)[:, None]
     inside = (token >= cu_q_lens[None, :-1]) & (token < cu_q_lens[None, 1:]) & serves[None, :]
     seq = jnp.arange(serves.shape[0], dtype=jnp.int32)[None, :]
-    owner = jnp.max(jnp.where(inside, seq, -1), axis=1)
-    return jnp.stack([owner, token[:, 0] - cu_q_lens[jnp.maximum(owner, 0)]], axis=-1)
+    return jnp.max(jnp.where(inside, seq, -1), axis=1)

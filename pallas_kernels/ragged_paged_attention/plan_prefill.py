@@ -1,4 +1,4 @@
-"""The prefill part of one step's attention, cut into query tiles on the device; built once a step, used by every layer."""
+"""The prefill part of one step's attention, cut into query tiles on the device; built once a step, for all layers."""
 
 from __future__ import annotations
 

@@ -1,23 +1,38 @@
-"""Hopper decode attention: the plan, and the kernels in the interpreter, against the dense float32 definition."""
+"""Hopper decode attention, its plan and its kernels, against the dense float32 definition."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels.ragged_paged_attention import reference
-from tests.kernels.cases import RaggedBatch, assert_no_races, needs_mosaic, ragged_batch
+from pallas_kernels.ragged_paged_attention.plan_decode import (
+    DecodeConfig,
+    DecodePlan,
+    DecodeShape,
+    Piece,
+    Seq,
+    Stream,
+    plan_decode,
+    tiling,
+)
+from pallas_kernels.ragged_paged_attention.shapes import MODELS
+from tests.kernels.cases import RaggedBatch, assert_no_races, needs_mosaic, on_gpu, ragged_batch
 
-pytestmark = needs_mosaic
 TOLERANCE = {"float16": 1.5e-3, "bfloat16": 6e-3}
+INTERPRET = [pytest.param(True, id="interpreter", marks=needs_mosaic), pytest.param(False, id="gpu", marks=on_gpu)]
 
 
-def make_plan(batch: RaggedBatch, *, max_q_len: int = 1, sliding_window: int | None = None, **config):
-    from pallas_kernels.ragged_paged_attention.plan_decode import DecodeConfig, DecodeShape, plan_decode
-
+def make_plan(
+    batch: RaggedBatch, *, max_q_len: int = 1, sliding_window: int | None = None, **config: int
+) -> DecodePlan:
     num_tokens, num_q_heads, head_dim = batch.q.shape
     shape = DecodeShape(
         num_tokens=num_tokens,
@@ -28,51 +43,226 @@ def make_plan(batch: RaggedBatch, *, max_q_len: int = 1, sliding_window: int | N
         max_q_len=max_q_len,
         sliding_window=sliding_window,
     )
-    return plan_decode(*map(jnp.asarray, batch.metadata), shape, DecodeConfig(**config))
+    make = functools.partial(plan_decode, shape=shape, config=DecodeConfig(**config))
+    return jax.jit(make)(*map(jnp.asarray, batch.metadata))
 
 
-def run(batch: RaggedBatch, plan, **options) -> np.ndarray:
+def run(batch: RaggedBatch, plan: DecodePlan, *, interpret: bool = True, **options: Any) -> np.ndarray:
     from pallas_kernels.ragged_paged_attention.mosaic_decode import decode_attention
 
-    options = {"scale": batch.q.shape[-1] ** -0.5, **options}
-    got = decode_attention(batch.q, batch.k_cache, batch.v_cache, plan, interpret=True, **options)
-    got = np.asarray(got.astype(jnp.float32))
-    assert_no_races()
+    attend = functools.partial(decode_attention, interpret=interpret, **{"scale": batch.q.shape[-1] ** -0.5, **options})
+    got = np.asarray(
+        (attend if interpret else jax.jit(attend))(batch.q, batch.k_cache, batch.v_cache, plan), np.float32
+    )
+    if interpret:
+        assert_no_races()
     return got
 
 
-def check(batch: RaggedBatch, plan, **options) -> None:
-    got = run(batch, plan, **options)
-    options = {"scale": batch.q.shape[-1] ** -0.5, **options}
-    wanted = np.asarray(
-        reference.ragged_paged_attention(
-            batch.q, batch.k_cache, batch.v_cache, *batch.metadata, sliding_window=plan.shape.sliding_window, **options
-        )
-    )
+def compare(got: np.ndarray, wanted: np.ndarray, dtype: str = "bfloat16") -> None:
     assert np.isfinite(got).all()
-    real = batch.num_real_tokens
-    assert not got[real:].any()
-    for token in range(real):
-        error = np.linalg.norm(got[token] - wanted[token]) / np.linalg.norm(wanted[token])
-        assert error < TOLERANCE[batch.q.dtype.name], f"token {token}: relative error {error}"
+    for token in range(len(got)):
+        error = np.linalg.norm(got[token] - wanted[token]) / max(np.linalg.norm(wanted[token]), 1e-30)
+        assert error < TOLERANCE[dtype], f"token {token}: relative error {error}"
 
 
-def decode_batch(seed: int, kv_lens: list[int], heads: tuple[int, int, int], block_size: int, padding: int = 0):
+def check(batch: RaggedBatch, plan: DecodePlan, *, interpret: bool = True, **options: Any) -> None:
+    got = run(batch, plan, interpret=interpret, **options)
+    options = {"scale": batch.q.shape[-1] ** -0.5, **options}
+    inputs = (batch.q, batch.k_cache, batch.v_cache, *batch.metadata)
+    window = plan.shape.sliding_window
+    wanted = np.asarray(reference.ragged_paged_attention(*inputs, sliding_window=window, **options))
+    compare(got, wanted, batch.q.dtype.name)
+    assert not got[batch.num_real_tokens :].any()
+
+
+def make_batch(
+    seed: int, q_lens: list[int], kv_lens: list[int], heads: tuple[int, ...], block_size: int, **options: Any
+) -> RaggedBatch:
     num_q_heads, num_kv_heads, head_dim = heads
     return ragged_batch(
         seed,
-        [1] * len(kv_lens),
+        q_lens,
         kv_lens,
         num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         block_size=block_size,
-        dtype="bfloat16",
-        padding_seqs=padding,
-        padding_tokens=padding,
+        **{"dtype": "bfloat16", **options},
     )
 
 
-def test_first():
-    batch = decode_batch(1, [200, 1, 64], (8, 2, 64), 16, 2)
-    check(batch, make_plan(batch, heads=2, columns=64, stages=3, ctas=2))
+# (query heads, KV heads, head dim), block size, config
+SHAPES = {
+    "two_heads_a_box": ((8, 2, 64), 16, {"heads": 2, "columns": 64, "stages": 3, "ctas": 2}),
+    "one_head_four_boxes": ((8, 1, 64), 16, {"heads": 1, "columns": 64, "stages": 2, "ctas": 3}),
+    "groups_and_streams": ((32, 4, 64), 16, {"heads": 2, "columns": 64, "stages": 4, "streams": 2, "ctas": 2}),
+    "three_streams": ((8, 8, 64), 16, {"heads": 8, "columns": 128, "stages": 2, "streams": 3, "ctas": 1}),
+    "rows_of_seven": ((14, 2, 128), 32, {"heads": 2, "columns": 64, "stages": 3, "ctas": 2}),
+    "part_of_a_block": ((8, 1, 128), 128, {"heads": 1, "columns": 64, "stages": 3, "ctas": 3, "staged": 128}),
+    "wide_heads": ((8, 4, 256), 16, {"heads": 4, "columns": 64, "stages": 3, "ctas": 2, "unroll": 2}),
+    "one_stream": ((8, 2, 64), 16, {"heads": 2, "columns": 64, "stages": 3, "ctas": 1}),
+    "many_pieces": ((8, 2, 64), 16, {"heads": 2, "columns": 64, "stages": 3, "ctas": 7, "min_tiles": 1}),
+}
+
+
+@pytest.mark.parametrize("interpret", INTERPRET)
+@pytest.mark.parametrize("name", SHAPES)
+def test_decode(name: str, interpret: bool):
+    heads, block_size, config = SHAPES[name]
+    batch = make_batch(1, [1, 1, 1], [200, 1, 64], heads, block_size, padding_seqs=2, padding_tokens=2)
+    check(batch, make_plan(batch, **config), interpret=interpret)
+
+
+@pytest.mark.parametrize("interpret", INTERPRET)
+@pytest.mark.parametrize("sliding_window", [None, 5, 70])
+def test_several_tokens(sliding_window: int | None, interpret: bool):
+    batch = make_batch(2, [1, 5, 3, 2], [40, 139, 3, 200], (8, 2, 64), 16, padding_seqs=1, padding_tokens=3)
+    config = {"heads": 2, "columns": 64, "stages": 3, "ctas": 3}
+    check(batch, make_plan(batch, max_q_len=5, sliding_window=sliding_window, **config), interpret=interpret)
+
+
+@pytest.mark.parametrize("interpret", INTERPRET)
+@pytest.mark.parametrize(("sliding_window", "soft_cap"), [(1, None), (70, 2.0), (None, 2.0)])
+def test_options(sliding_window: int | None, soft_cap: float | None, interpret: bool):
+    batch = make_batch(3, [1, 1], [150, 40], (8, 2, 64), 16, dtype="float16")
+    plan = make_plan(batch, sliding_window=sliding_window, heads=2, columns=64, ctas=3, min_tiles=1)
+    check(batch, plan, interpret=interpret, soft_cap=soft_cap, scale=0.5)
+
+
+@pytest.mark.parametrize("interpret", INTERPRET)
+def test_sinks(interpret: bool):
+    """A sink adds its weight to the sum: the output shrinks by the share that the keys keep."""
+    batch = make_batch(4, [1, 1], [150, 20], (8, 2, 64), 16, poison=False)
+    plan = make_plan(batch, heads=2, columns=64, stages=3, ctas=2)
+    sinks = np.linspace(-2, 8, 8, dtype=np.float32)
+    got = run(batch, plan, interpret=interpret, sinks=jnp.asarray(sinks))
+    wanted = np.array(
+        reference.ragged_paged_attention(batch.q, batch.k_cache, batch.v_cache, *batch.metadata, scale=0.125)
+    )
+    for token, length in enumerate((150, 20)):
+        blocks = batch.block_tables[batch.table_rows[token]]
+        keys = np.asarray(batch.k_cache, np.float32)[blocks].swapaxes(0, 1).reshape(2, -1, 64)[:, :length]
+        logits = np.einsum("hd,hkd->hk", np.asarray(batch.q, np.float32)[token], keys.repeat(4, axis=0)) * 0.125
+        weight = np.exp(logits).sum(-1)
+        wanted[token] *= (weight / (weight + np.exp(sinks)))[:, None]
+    compare(got, wanted)
+
+
+@needs_mosaic
+def test_writes_into_an_output():
+    """Only tokens of the plan's sequences are written; a longer sequence is another kernel's."""
+    batch = make_batch(5, [1, 9, 2], [100, 30, 50], (8, 2, 64), 16, padding_seqs=1, padding_tokens=2)
+    plan = make_plan(batch, max_q_len=2, heads=2, columns=64, stages=3, ctas=3)
+    got = run(batch, plan, out=jnp.full(batch.q.shape, 7, jnp.bfloat16))
+    wanted = np.array(
+        reference.ragged_paged_attention(batch.q, batch.k_cache, batch.v_cache, *batch.metadata, scale=0.125)
+    )
+    wanted[1:10], wanted[12:] = 7, 7
+    compare(got, wanted)
+
+
+@pytest.mark.parametrize("interpret", INTERPRET)
+@pytest.mark.parametrize("lengths", [[], [5]])
+def test_little_or_no_work(lengths: list[int], interpret: bool):
+    batch = make_batch(6, [1] * max(len(lengths), 1), lengths or [5], (8, 2, 64), 16)
+    if not lengths:
+        zeros = {name: np.zeros_like(getattr(batch, name)) for name in ("table_rows", "cu_q_lens", "kv_lens")}
+        batch = dataclasses.replace(batch, **zeros)
+    check(batch, make_plan(batch, heads=2, columns=64, stages=3, ctas=3), interpret=interpret)
+
+
+@pytest.mark.parametrize("interpret", INTERPRET)
+@pytest.mark.parametrize("columns", [64, 128])
+def test_exact_weights_and_values(columns: int, interpret: bool):
+    """Integer scores (base 2) and values: sums are exact, so that a wrong operand of P.V shows."""
+    keys, heads, head_dim = 300, 8, 128
+    batch = make_batch(7, [1], [keys], (heads, 2, head_dim), 16)
+    rng = np.random.default_rng(7)
+    exponent, values = rng.integers(0, 7, (heads, keys)), rng.integers(-8, 9, (2, keys, head_dim))
+    k_cache, v_cache = np.zeros(batch.k_cache.shape, np.float32), np.zeros(batch.v_cache.shape, np.float32)
+    position = np.arange(keys)
+    block, offset = batch.block_tables[batch.table_rows[0]][position // 16], position % 16
+    for head in range(heads):
+        k_cache[block, head // 4, offset, head] = -exponent[head]
+    for kv_head in range(2):
+        v_cache[block, kv_head, offset] = values[kv_head]
+    q = np.eye(heads, head_dim, dtype=np.float32)[None]
+    arrays = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
+    batch = dataclasses.replace(batch, **{name: jnp.asarray(x, jnp.bfloat16) for name, x in arrays.items()})
+    weights = 2.0**-exponent
+    wanted = np.einsum("hk,hkd->hd", weights, values.repeat(4, axis=0)) / weights.sum(-1, keepdims=True)
+    for ctas in (1, 3):
+        plan = make_plan(batch, heads=2, columns=columns, stages=4, ctas=ctas)
+        got = run(batch, plan, interpret=interpret, scale=math.log(2))[0]
+        np.testing.assert_allclose(got, wanted, rtol=2.0**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_plan_covers_every_tile_once(seed: int):
+    rng = np.random.default_rng(seed)
+    q_lens = rng.integers(0, 4, 9)
+    kv_lens = np.where(q_lens > 0, q_lens + rng.integers(0, 3000, 9), 0)
+    shape = DecodeShape(int(q_lens.sum()) + 3, 32, 8, 128, 16, 3, None if seed % 2 else 700)
+    config = DecodeConfig(heads=2, streams=1 + seed % 2, ctas=5 + 20 * seed, min_tiles=1 + seed)
+    cu_q_lens = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
+    tables = np.zeros((10, 200), np.int32)
+    rows = np.arange(9, dtype=np.int32)
+    make = functools.partial(plan_decode, shape=shape, config=config)
+    plan = jax.jit(make)(tables, rows, cu_q_lens, kv_lens.astype(np.int32))
+    tiles, seqs, pieces = tiling(config, shape), np.asarray(plan.seqs), np.asarray(plan.pieces)
+
+    first_key = 0 * kv_lens if shape.sliding_window is None else np.maximum(kv_lens - q_lens - 699, 0)
+    cells = -(-kv_lens // tiles.cell) - first_key // tiles.cell
+    np.testing.assert_array_equal(seqs[:, Seq.TILES], np.where(q_lens > 0, -(-cells // tiles.boxes), 0))
+    served = {(s, g): [] for s in range(9) for g in range(tiles.groups)}
+    for number, stream in enumerate(np.asarray(plan.streams)):
+        seq, group, tile, left = stream[: Stream.ITEMS]
+        for _ in range(stream[Stream.ITEMS]):
+            count = min(seqs[seq, Seq.TILES] - tile, left)
+            served[seq, group] += [(number, tile, count)] if count else []
+            left, tile = left - count, 0
+            seq, group = (seq + 1, 0) if group == tiles.groups - 1 else (seq, group + 1)
+        assert left == 0
+    for (seq, group), parts in served.items():
+        assert sum(count for _, _, count in parts) == seqs[seq, Seq.TILES]
+        for token in range(cu_q_lens[seq], cu_q_lens[seq + 1]):
+            piece = pieces[token, group]
+            assert piece[Piece.COUNT] == len(parts) and piece[Piece.STREAM] == parts[0][0]
+            assert piece[Piece.ROW] == (token - cu_q_lens[seq]) * tiles.token_rows
+    assert (pieces[cu_q_lens[-1] :, :, Piece.COUNT] == -1).all()
+    lengths = np.asarray(plan.streams)[:, Stream.TILES]
+    assert lengths[lengths > 0].max() - lengths[lengths > 0].min() <= 1
+
+
+def test_configs_that_do_not_fit():
+    shape = DecodeShape(1, 32, 8, 128, 16)
+    for config in ({"heads": 3}, {"heads": 8, "columns": 64}, {"heads": 8, "streams": 4}):
+        with pytest.raises(ValueError, match="does not fit"):
+            tiling(DecodeConfig(**config), shape)
+    with pytest.raises(ValueError, match="fewer heads"):
+        tiling(DecodeConfig(heads=8), dataclasses.replace(shape, max_q_len=5))
+
+
+GPU_CASES = {
+    "llama3_8b_b1_32k": ("llama3_8b", 16, [32768], {"heads": 2, "columns": 64, "stages": 10, "unroll": 32}),
+    "llama3_8b_b1_short": ("llama3_8b", 16, [3], {"heads": 2, "columns": 64, "stages": 10}),
+    "llama3_8b_b8": ("llama3_8b", 16, [8192, 1, 700, 64, 65, 8000, 4095, 129], {"heads": 8, "stages": 6}),
+    "llama3_8b_b64": ("llama3_8b", 64, list(range(1, 4097, 64)), {"heads": 2, "stages": 2, "streams": 2}),
+    "llama2_7b_b16": ("llama2_7b", 16, list(range(100, 3300, 200)), {"heads": 8, "stages": 6}),
+    "llama2_7b_block128": ("llama2_7b", 128, list(range(100, 3300, 200)), {"heads": 1, "stages": 6}),
+    "head_64_b4": ("llama3_1b", 16, [5000, 1, 64, 777], {"heads": 8, "stages": 5, "streams": 2}),
+    "head_256_b4": ("gemma2_9b", 16, [5000, 1, 64, 777], {"heads": 4, "columns": 64, "stages": 5}),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=on_gpu) for name in GPU_CASES])
+@pytest.mark.parametrize("window", [None, 1000])
+def test_real_sizes(name: str, window: int | None):
+    model, block_size, kv_lens, config = GPU_CASES[name]
+    batch = make_batch(8, [1] * len(kv_lens), kv_lens, MODELS[model], block_size, padding_seqs=1, padding_tokens=1)
+    plan = make_plan(batch, sliding_window=window, **config)
+    check(batch, plan, interpret=False, soft_cap=None if window is None else 30.0)
+    first = run(batch, plan, interpret=False)
+    for _ in range(20):
+        np.testing.assert_array_equal(run(batch, plan, interpret=False), first)

@@ -35,6 +35,8 @@ log = logger(__name__)
 # always does; with that the largest prefill bucket grew from 434 to 595 kernels.
 _GPU_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
 _MAX_COMPILE_THREADS = 8
+#: Fewer behind a serving engine: each autotunes in what memory the KV cache left.
+_MAX_BACKGROUND_THREADS = 2
 #: Seconds after which a thread that traces hands the interpreter to the serving thread, while programs are compiled
 #: behind it (Python's default is 0.005, more than a decode step).
 _SWITCH_INTERVAL = 0.0005
@@ -119,13 +121,12 @@ class Executables:
         return ["write_rows", "write_masked_ids", *self.buckets.decode, *self.buckets.mixed, *self._sample_buckets]
 
     def covering_keys(self) -> list[Key]:
-        """What is compiled before serving: the largest shape of each family, which can serve any step, and every other
-        size below it for greedy requests, so that no step runs in a bucket far too large for it."""
+        """What is compiled before serving: everything but every other size of forward, so that no step runs in a bucket
+        far too large for it. The head's products are the ones whose autotuning needs much memory: they must not be left
+        to the background, where the KV cache has taken it."""
         b = self.buckets
         forward = [*b.decode[-1::-2], b.decode[0], *b.mixed[-1::-2]]
-        samples = [SampleBucket(b.sample[-1], v) for v in (Variant.MASKED, Variant.GREEDY)]
-        samples += [SampleBucket(n, Variant.GREEDY) for n in (*b.sample[-1::-2], b.sample[0])]
-        return list(dict.fromkeys(["write_rows", "write_masked_ids", *forward, *samples]))
+        return list(dict.fromkeys(["write_rows", "write_masked_ids", *forward, *self._sample_buckets]))
 
     def compile_all(self, keys: list[Key] | None = None, progress: Progress = lambda it, total: it) -> None:
         """Compiles `keys` (default: everything) now, in several threads."""
@@ -153,7 +154,8 @@ class Executables:
 
         def supervise() -> None:
             sys.setswitchinterval(_SWITCH_INTERVAL)
-            workers = [threading.Thread(target=compile_missing, name="vjax-compile") for _ in range(self._num_threads)]
+            count = min(self._num_threads, _MAX_BACKGROUND_THREADS)
+            workers = [threading.Thread(target=compile_missing, name="vjax-compile") for _ in range(count)]
             for worker in workers:
                 worker.start()
             for worker in workers:

@@ -1,0 +1,229 @@
+"""Cases of ragged_paged_attention, and the dense attention that it is compared with."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pallas_kernels
+from pallas_kernels.bench.cases import Checked, Op, Timed, Tuned, normal, relative_error
+from pallas_kernels.ragged_paged_attention import reference
+
+_L2_BYTES = 64 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A batch of equal sequences: `q_len` new tokens at the end of `context` keys each."""
+
+    batch: int
+    q_len: int
+    context: int
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    block_size: int = 16
+
+    def __str__(self) -> str:
+        return (
+            f"{self.batch} x {self.q_len} tokens, context {self.context}, "
+            f"{self.heads}/{self.kv_heads}x{self.head_dim}, block {self.block_size}"
+        )
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values of the sequences."""
+        return 4 * self.batch * self.context * self.kv_heads * self.head_dim
+
+    @property
+    def flops(self) -> float:
+        """Of the causal pairs: 4 * head_dim for each of them and each query head."""
+        pairs = self.batch * (self.q_len * self.context - self.q_len * (self.q_len - 1) / 2)
+        return 4 * pairs * self.heads * self.head_dim
+
+
+DECODE = (
+    Shape(1, 1, 8192),
+    Shape(1, 1, 32768),
+    Shape(8, 1, 8192),
+    Shape(64, 1, 2048),
+    Shape(256, 1, 1024),
+    Shape(256, 1, 4096),
+    Shape(64, 1, 2048, block_size=64),
+    Shape(64, 1, 2048, kv_heads=32),
+    Shape(64, 1, 2048, head_dim=64),
+    Shape(64, 5, 2048),
+)
+PREFILL = (
+    Shape(1, 8192, 8192),
+    Shape(4, 2048, 2048),
+    Shape(16, 512, 512),
+    Shape(1, 2048, 18432),
+    Shape(1, 8192, 8192, block_size=64),
+    Shape(1, 8192, 8192, heads=16, head_dim=256),
+)
+
+
+def paged(implementation: str | None, shape: Shape) -> Callable:
+    """attention(q, k_cache, v_cache, block_tables, table_rows, cu_q_lens, kv_lens); the plan is part of it."""
+
+    def attend(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, *metadata: jax.Array) -> jax.Array:
+        plan = pallas_kernels.plan_attention(
+            *metadata,
+            num_tokens=q.shape[0],
+            num_q_heads=shape.heads,
+            num_kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            block_size=shape.block_size,
+            dtype=k_cache.dtype,
+            decode_only=shape.q_len == 1,
+            implementation=implementation,
+        )
+        return pallas_kernels.ragged_paged_attention(q, k_cache, v_cache, plan, scale=shape.head_dim**-0.5)
+
+    return attend
+
+
+def paged_arguments(shape: Shape, seed: int) -> tuple:
+    """Queries, caches whose blocks the sequences hold in random order, and the metadata of a plan."""
+    blocks = -(-shape.context // shape.block_size)
+    ids = np.random.default_rng(seed).permutation(shape.batch * blocks) + 1
+    tables = np.concatenate([np.zeros((1, blocks), np.int64), ids.reshape(shape.batch, blocks)]).astype(np.int32)
+    cache = (shape.batch * blocks + 1, shape.kv_heads, shape.block_size, shape.head_dim)
+    q = normal((shape.batch * shape.q_len, shape.heads, shape.head_dim), seed=seed)
+    metadata = (
+        tables,
+        np.arange(1, shape.batch + 1, dtype=np.int32),
+        np.arange(shape.batch + 1, dtype=np.int32) * np.int32(shape.q_len),
+        np.full(shape.batch, shape.context, np.int32),
+    )
+    return q, normal(cache, seed=seed + 1), normal(cache, seed=seed + 2), *map(jnp.asarray, metadata)
+
+
+def dense_cudnn(shape: Shape) -> Callable | None:
+    """Of the same arguments: cuDNN's attention over contiguous keys, those of the cache in the order they lie in.
+
+    None where cuDNN has no such mask: causal with fewer queries than keys, but for one query.
+    """
+    if shape.q_len not in (1, shape.context):
+        return None
+
+    def attend(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, *_: jax.Array) -> jax.Array:
+        k, v = (
+            cache[1:].reshape(shape.batch, -1, shape.kv_heads, shape.head_dim)[:, : shape.context]
+            for cache in (k_cache, v_cache)
+        )
+        q = q.reshape(shape.batch, shape.q_len, shape.heads, shape.head_dim)
+        is_causal = shape.q_len > 1
+        return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation="cudnn")
+
+    return attend
+
+
+def _timed(shapes: Sequence[Shape]) -> list[Timed]:
+    cases = []
+    for shape in shapes:
+        decode = shape.flops / shape.cache_bytes < 100
+        columns = {"default": paged(None, shape)}
+        cudnn = dense_cudnn(shape)
+        if cudnn is not None:
+            columns["cudnn, dense"] = cudnn
+        cases.append(
+            Timed(
+                str(shape),
+                columns,
+                functools.partial(paged_arguments, shape),
+                read_bytes=shape.cache_bytes,
+                bytes_moved=shape.cache_bytes if decode else None,
+                flops=None if decode else shape.flops,
+                ceiling="read" if decode else "matmul",
+            )
+        )
+    return cases
+
+
+def _ragged_error(shape: Shape, seed: int, decode_only: bool, implementation: str) -> float:
+    """Random lengths up to the context, shared tables, padding sequences and NaN in blocks that no one owns."""
+    rng = np.random.default_rng(seed)
+    q_lens = np.ones(shape.batch, np.int64) if decode_only else rng.integers(1, shape.q_len + 1, shape.batch)
+    kv_lens = q_lens + rng.integers(0, shape.context - q_lens.max() + 1, shape.batch)
+    kv_lens[0] = q_lens[0]
+    q, k_cache, v_cache, tables, *_ = paged_arguments(shape, seed)
+    q = q[: q_lens.sum() + (0 if decode_only else 3)]
+    rows = np.arange(1, shape.batch + 1)
+    position = np.arange(shape.context)
+    written = np.zeros((k_cache.shape[0], shape.block_size), bool)
+    host_tables = np.asarray(tables)
+    for row, length in zip(rows, kv_lens, strict=True):
+        used = position[:length]
+        written[host_tables[row][used // shape.block_size], used % shape.block_size] = True
+    k_cache, v_cache = (jnp.where(written[:, None, :, None], cache, jnp.nan) for cache in (k_cache, v_cache))
+    starts = np.concatenate([[0], np.cumsum(q_lens)])
+    metadata = [tables, *(jnp.asarray(x, jnp.int32) for x in (rows, starts, kv_lens))]
+    attend = paged(implementation, dataclasses.replace(shape, q_len=1 if decode_only else 2))
+    got = jax.jit(attend)(q, k_cache, v_cache, *metadata)
+    wanted = jax.jit(functools.partial(reference.ragged_paged_attention, scale=shape.head_dim**-0.5))(
+        q, k_cache, v_cache, *metadata
+    )
+    return relative_error(got, wanted)
+
+
+def _checked(decode_only: bool) -> list[Checked]:
+    heads = ((32, 8, 128), (32, 32, 128), (8, 1, 128), (32, 8, 64), (16, 8, 256))
+    return [
+        Checked(
+            f"{shape}, ragged",
+            functools.partial(_ragged_error, shape, 3, decode_only),
+            1e-2,
+        )
+        for heads_of in heads
+        for block_size in (16, 64)
+        for shape in [Shape(7, 1 if decode_only else 200, 1000, *heads_of, block_size)]
+    ]
+
+
+def _no_tuning() -> Sequence[Tuned]:
+    return []
+
+
+DECODE_ATTENTION = Op("decode", lambda: _timed(DECODE), _no_tuning, lambda: _checked(True))
+PREFILL_ATTENTION = Op("prefill", lambda: _timed(PREFILL), _no_tuning, lambda: _checked(False))
+
+
+def torch_seconds(case: Timed) -> float | None:
+    """Time of torch's scaled_dot_product_attention on the shape of an attention case; None where it does not apply."""
+    shape = next((s for s in (*DECODE, *PREFILL) if str(s) == case.name), None)
+    if shape is None or shape.q_len not in (1, shape.context):
+        return None
+    try:
+        import torch  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    return _torch_seconds(torch, shape) if torch.cuda.is_available() else None
+
+
+def _torch_seconds(torch: Any, shape: Shape) -> float:
+    sets = max(1, -(-4 * _L2_BYTES // shape.cache_bytes))
+    made = []
+    for _ in range(min(8, sets)):
+        sizes = ((shape.heads, shape.q_len), (shape.kv_heads, shape.context), (shape.kv_heads, shape.context))
+        made.append(
+            [torch.randn(shape.batch, *size, shape.head_dim, device="cuda", dtype=torch.bfloat16) for size in sizes]
+        )
+    times = []
+    for i in range(12):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        torch.nn.functional.scaled_dot_product_attention(
+            *made[i % len(made)], is_causal=shape.q_len > 1, enable_gqa=shape.heads != shape.kv_heads
+        )
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop) / 1e3)
+    return sorted(times[2:])[5]

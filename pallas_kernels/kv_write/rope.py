@@ -1,0 +1,136 @@
+"""Head norm, rotary position embedding and the KV write as one op."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.implementation import (
+    MOSAIC_GPU_INTERPRET,
+    XLA,
+    check_mosaic_cache,
+    checked_implementation,
+    default_implementation,
+)
+from pallas_kernels.kv_write import xla
+from pallas_kernels.validation import check_array, check_caches
+
+Heads = jax.Array | tuple[jax.Array, jax.Array, jax.Array]
+
+
+def rope_write_kv(
+    qkv: Heads,
+    cos: jax.Array,
+    sin: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    slots: jax.Array,
+    *,
+    q_norm: jax.Array | None = None,
+    k_norm: jax.Array | None = None,
+    eps: float = 1e-6,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rotates a step's queries and keys and writes keys and values at slots[t] = block_id * block_size + offset.
+
+    With norms, each head of q and k is first divided by its root mean square and multiplied by the norm's weights, as
+    in Qwen3. Rope is Su et al., 2021 (arXiv 2104.09864), with the two halves of a head rotated against each other. All
+    of it in float32, rounded once. The caches are updated in place when the caller donates them; slots as in write_kv.
+
+    Args:
+        qkv: [T, KVH, G + 2, D], for each KV head its G query heads, then its key, then its value; or (q, k, v) as
+            [T, H, D], [T, KVH, D] and [T, KVH, D]. One dtype.
+        cos: f32[T, D / 2].
+        sin: f32[T, D / 2].
+        k_cache: [num_blocks, KVH, block_size, DC] with DC >= D; what is wider is filled with zeros.
+        v_cache: Like k_cache.
+        slots: i32[T]; negative: neither key nor value are written (the query is still rotated).
+        q_norm: [D], or None.
+        k_norm: [D]; given if and only if q_norm is.
+        eps: Added to the mean square.
+        implementation: One of IMPLEMENTATIONS; None takes the default for the device.
+
+    Returns:
+        (q [T, H, DC] in the dtype of qkv, new k_cache, new v_cache).
+
+    Raises:
+        ValueError: A shape or dtype is wrong.
+        NotImplementedError: The implementation cannot serve this cache; "xla" can.
+    """
+    _check(qkv, cos, sin, k_cache, v_cache, slots, q_norm, k_norm)
+    if implementation is None:
+        implementation = default_implementation(k_cache.dtype, k_cache.shape[3])
+    if checked_implementation(implementation) != XLA:
+        check_mosaic_cache(k_cache.dtype, k_cache.shape[3])
+    return _rope_write_kv(
+        qkv, cos, sin, k_cache, v_cache, slots, q_norm, k_norm, eps=float(eps), implementation=implementation
+    )
+
+
+def _check(
+    qkv: Heads,
+    cos: jax.Array,
+    sin: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    slots: jax.Array,
+    q_norm: jax.Array | None,
+    k_norm: jax.Array | None,
+) -> None:
+    check_caches(k_cache, v_cache)
+    _, num_kv_heads, _, cache_head_dim = k_cache.shape
+    check_array("slots", slots, (None,), jnp.int32)
+    num_tokens = slots.shape[0]
+    if isinstance(qkv, tuple):
+        q, k, v = qkv
+        check_array("q", q, (num_tokens, None, None))
+        head_dim = q.shape[2]
+        check_array("k", k, (num_tokens, num_kv_heads, head_dim), q.dtype)
+        check_array("v", v, k.shape, q.dtype)
+    else:
+        check_array("qkv", qkv, (num_tokens, num_kv_heads, None, None))
+        head_dim = qkv.shape[3]
+        if qkv.shape[2] < 3:
+            raise ValueError(f"qkv has shape {list(qkv.shape)}; its third dimension is query heads + 2, so at least 3")
+    if head_dim > cache_head_dim or head_dim % 2:
+        raise ValueError(f"head_dim is {head_dim}; it must be even and at most the cache's {cache_head_dim}")
+    for name, array in (("cos", cos), ("sin", sin)):
+        check_array(name, array, (num_tokens, head_dim // 2), jnp.float32)
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("one of q_norm and k_norm is None; give both or neither")
+    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if norm is not None:
+            check_array(name, norm, (head_dim,))
+
+
+@functools.partial(jax.jit, static_argnames=("eps", "implementation"))
+def _rope_write_kv(
+    qkv: Heads,
+    cos: jax.Array,
+    sin: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    slots: jax.Array,
+    q_norm: jax.Array | None,
+    k_norm: jax.Array | None,
+    *,
+    eps: float,
+    implementation: str,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    heads = qkv if isinstance(qkv, tuple) else (qkv,)
+    if implementation == XLA:
+        return xla.rope_write_kv(qkv, cos, sin, k_cache, v_cache, slots, q_norm, k_norm, eps=eps)
+    interpret = implementation == MOSAIC_GPU_INTERPRET
+    if heads[0].dtype != k_cache.dtype or heads[0].shape[-1] != k_cache.shape[-1]:
+        # Not worth a kernel: XLA rotates, pads and converts, the kernel writes.
+        from pallas_kernels.kv_write import mosaic_registers
+
+        q, k, v = xla.turned_heads(qkv, cos, sin, q_norm, k_norm, eps=eps, head_dim=k_cache.shape[-1])
+        return q, *mosaic_registers.write_kv(k_cache, v_cache, k, v, slots, interpret=interpret)
+    from pallas_kernels.kv_write import mosaic_rope
+
+    return mosaic_rope.rope_write_kv(
+        qkv, cos, sin, k_cache, v_cache, slots, q_norm, k_norm, eps=eps, interpret=interpret
+    )

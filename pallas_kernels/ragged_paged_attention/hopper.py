@@ -1,0 +1,122 @@
+"""Which Hopper kernels serve a step, with which configuration: the decode kernel for sequences of one token, the
+prefill kernel for the others, and the simple kernel of mosaic_gpu for shapes that those two were not measured on.
+
+Configurations are the best of the sweeps recorded in pallas_kernels/README.md, on an H200.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.ragged_paged_attention.plan_decode import DecodeConfig, DecodePlan, DecodeShape, plan_decode, tiling
+from pallas_kernels.ragged_paged_attention.plan_prefill import PrefillPlan, plan_prefill
+
+_FEW_SEQUENCES = 8
+_PREFILL_TILE_TOKENS = 128
+_PREFILL_HEAD_DIM = 128
+
+
+def decode_config(shape: DecodeShape, num_seqs: int) -> DecodeConfig | None:
+    """The configuration for up to num_seqs sequences, None when the decode kernel does not serve this shape."""
+    few = num_seqs <= _FEW_SEQUENCES
+    options = {
+        64: {"stages": 5, "streams": 2} if few else {"stages": 3, "streams": 3},
+        128: {"stages": 5, "staged": 128, "unroll": 32} if few else {"stages": 2, "streams": 2},
+    }.get(shape.head_dim)
+    if options is None:
+        return None
+    for heads in (2, 1) if few else (8, 4, 2, 1):
+        config = DecodeConfig(heads=heads, **options)
+        try:
+            tiling(config, shape)
+        except ValueError:
+            continue
+        return config
+    return None
+
+
+def plan_decodes(
+    metadata: tuple[jax.Array, ...], shape: DecodeShape, sliding_windows: Sequence[int | None]
+) -> tuple[DecodePlan, ...]:
+    """One decode plan for each window; none when the decode kernel does not serve the shape.
+
+    Args:
+        metadata: block_tables, table_rows, cu_q_lens and kv_lens of plan_attention.
+        shape: The step's; its window is replaced.
+        sliding_windows: The distinct windows of the model's layers.
+    """
+    config = decode_config(shape, metadata[1].shape[0])
+    if config is None:
+        return ()
+    shapes = [
+        DecodeShape(
+            num_tokens=shape.num_tokens,
+            num_q_heads=shape.num_q_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            block_size=shape.block_size,
+            sliding_window=window,
+        )
+        for window in sliding_windows
+    ]
+    return tuple(plan_decode(*metadata, each, config) for each in shapes)
+
+
+def plan_prefills(metadata: tuple[jax.Array, ...], shape: DecodeShape, num_tokens: int) -> PrefillPlan | None:
+    """The prefill plan of a mixed step; None when the prefill kernel does not serve the shape."""
+    if shape.head_dim != _PREFILL_HEAD_DIM:
+        return None
+    return plan_prefill(
+        *metadata, num_tokens=num_tokens, tile_tokens=_PREFILL_TILE_TOKENS, block_size=shape.block_size, min_tokens=2
+    )
+
+
+def attention(
+    q: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    decodes: tuple[DecodePlan, ...],
+    prefill: PrefillPlan | None,
+    *,
+    scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
+) -> jax.Array:
+    """See api.ragged_paged_attention. Decode rows come first in a mixed step, so the decode kernel works on the first
+    tokens alone, as many as there may be sequences.
+
+    Raises:
+        ValueError: The step was planned without this window.
+    """
+    from pallas_kernels.ragged_paged_attention.mosaic_decode import decode_attention
+    from pallas_kernels.ragged_paged_attention.mosaic_prefill import Config, prefill_attention
+
+    if q.dtype != k_cache.dtype:
+        raise NotImplementedError(
+            f"q is {q.dtype.name} and the KV cache {k_cache.dtype.name}; mosaic_gpu needs one dtype, xla takes both"
+        )
+    planned = {plan.shape.sliding_window: plan for plan in decodes}
+    if sliding_window not in planned:
+        raise ValueError(
+            f"sliding_window is {sliding_window}; the step was planned for {list(planned)}: pass it to plan_attention"
+        )
+    decode = planned[sliding_window]
+    rows = decode_attention(q[: decode.shape.num_tokens], k_cache, v_cache, decode, scale=scale, soft_cap=soft_cap)
+    if prefill is None:
+        return rows
+    output = lax.dynamic_update_slice(jnp.empty_like(q), rows, (0, 0, 0))
+    return prefill_attention(
+        q,
+        k_cache,
+        v_cache,
+        prefill,
+        output,
+        scale=scale,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        config=Config(overlap=False, take_turns=False),
+    )

@@ -1,0 +1,189 @@
+"""One tile of the decode attention kernel: FlashAttention's online softmax, in base 2, in registers.
+
+The rows of an item are query tokens x query heads. With several KV heads to an item, a tile has some keys of all of
+them, and the scores between a row and another head's keys are masked. That costs nothing: the rows of a wgmma are 64
+however few of them are used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mosaic import load
+from pallas_kernels.ragged_paged_attention.plan_decode import TILE_ROWS, DecodeConfig, DecodeShape, Tiling
+
+LOG2E = math.log2(math.e)
+_MASKED = -1e30
+_ZERO_SIDE = 64  # rows and columns rewritten at a time, to spare registers
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """Static description of one launch: what the plan says, and the options of the call."""
+
+    config: DecodeConfig
+    shape: DecodeShape
+    tiles: Tiling
+    scale: float
+    soft_cap: float | None
+    interpret: bool
+
+    @property
+    def skips_masks(self) -> bool:
+        """Whether tiles that every row sees whole get a loop of their own; at head_dim 256 two loops spill."""
+        return self.shape.sliding_window is None and self.shape.head_dim < 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """What a stream does of one item: `count` tiles from tile `first` on. All are traced scalars."""
+
+    group: Any
+    first: Any
+    count: Any
+    tiles: Any
+    first_cell: Any
+    kv_len: Any
+    q_start: Any
+    q_len: Any
+    table_row: Any
+
+    @property
+    def whole(self) -> Any:
+        return self.count == self.tiles
+
+
+def start(static: Kernel, item: Item, sinks: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(sum of weighted values, maximum, sum of weights) before the first tile; a sink is a key without a value."""
+    rows = plgpu.Layout.WGMMA.reduce(1)
+    maximum = plgpu.layout_cast(jnp.full((TILE_ROWS,), _MASKED, jnp.float32), rows)
+    total = plgpu.layout_cast(jnp.zeros((TILE_ROWS,), jnp.float32), rows)
+    if sinks is not None:
+        maximum = load(sinks.at[item.group], rows) + jnp.where(item.first == 0, 0.0, _MASKED)
+        total = total + jnp.where(item.first == 0, 1.0, 0.0)
+    zeros = jnp.zeros((TILE_ROWS, static.shape.head_dim), jnp.float32)
+    return plgpu.layout_cast(zeros, plgpu.Layout.WGMMA), maximum, total
+
+
+def tile_step(
+    static: Kernel,
+    item: Item,
+    tile: Any,
+    carry: Any,
+    q_smem: Any,
+    ring: Any,
+    full: Any,
+    empty: Any,
+    slots: tuple[Any, Any],
+    *,
+    masked: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One step of the online softmax: the tile's K is in the first slot, its V in the second."""
+    accumulator, maximum, total = carry
+    k_slot, v_slot = slots
+    first_key = (item.first_cell + tile * static.tiles.boxes) * static.tiles.cell
+
+    if masked:  # before the scores take registers
+        plgpu.barrier_wait(full.at[v_slot])
+        _zero_unused_values(static, item, ring.at[v_slot], first_key)
+    plgpu.barrier_wait(full.at[k_slot])
+    scores = _scores(static, q_smem, ring.at[k_slot])
+    plgpu.barrier_arrive(empty.at[k_slot])
+    scores = _mask(static, item, first_key, scores, masked=masked)
+
+    new_maximum = jnp.maximum(maximum, scores.max(axis=1))
+    correction = jnp.exp2(maximum - new_maximum)
+    weights = jnp.exp2(scores - lax.broadcast_in_dim(new_maximum, scores.shape, [0]))
+    total = total * correction + weights.sum(axis=1)
+    accumulator = accumulator * lax.broadcast_in_dim(correction, accumulator.shape, [0])
+
+    if not masked:
+        plgpu.barrier_wait(full.at[v_slot])
+    accumulator = _add_product(static, accumulator, weights.astype(q_smem.dtype), ring.at[v_slot])
+    plgpu.barrier_arrive(empty.at[v_slot])
+    return accumulator, new_maximum, total
+
+
+def _scores(static: Kernel, q_smem: Any, k_smem: Any) -> jax.Array:
+    """f32[64, columns] scores times log2(e), soft-capped."""
+
+    def product(accumulator: Any) -> jax.Array:
+        plgpu.wgmma(accumulator, q_smem, k_smem.transpose((1, 0)))
+        return accumulator[...]
+
+    shape = (TILE_ROWS, static.config.columns)
+    scores = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+    if static.soft_cap is None:
+        return scores * (static.scale * LOG2E)
+    return jnp.tanh(scores * (static.scale / static.soft_cap)) * (static.soft_cap * LOG2E)
+
+
+def _iota(static: Kernel, axis: int) -> jax.Array:
+    shape = (TILE_ROWS, static.config.columns)
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+
+
+def _mask(static: Kernel, item: Item, first_key: Any, scores: jax.Array, *, masked: bool) -> jax.Array:
+    """The scores, _MASKED where a row does not see a key: another head's, and if `masked` a later or too old one.
+
+    Written so that the compiler sees constants: what depends on the thread is the column's last three bits only.
+    """
+    tiles = static.tiles
+    row, column = _iota(static, 0), _iota(static, 1)
+    if static.config.heads > 1:
+        row_head = lax.rem(row, tiles.token_rows) // static.shape.group_size
+        column_head = lax.rem(column, tiles.box_rows) // tiles.cell
+        scores = jnp.where(row_head == column_head, scores, _MASKED)
+    if not masked:
+        return scores
+    eighth = column // 8 * 8
+    key = eighth // tiles.box_rows * tiles.cell + lax.rem(eighth, tiles.cell)
+    last = item.kv_len - item.q_len - first_key - lax.rem(column, 8)
+    if static.shape.max_q_len > 1:
+        last = last + row // tiles.token_rows
+    scores = jnp.where(key <= last, scores, _MASKED)
+    if static.shape.sliding_window is not None:
+        scores = jnp.where(key > last - static.shape.sliding_window, scores, _MASKED)
+    return scores
+
+
+def _zero_unused_values(static: Kernel, item: Item, v_smem: Any, first_key: Any) -> None:
+    """Zeroes the values that no row sees: their weight is 0, but an unwritten slot may hold NaN."""
+    tiles, begin = static.tiles, jnp.int32(0)
+    if static.shape.sliding_window is not None:
+        begin = jnp.maximum(item.kv_len - item.q_len - (static.shape.sliding_window - 1), 0)
+
+    @pl.when((first_key + tiles.tile_keys > item.kv_len) | (first_key < begin))
+    def _():
+        side = _ZERO_SIDE
+        iota = plgpu.broadcasted_iota(jnp.int32, (side, side), 0, layout=plgpu.Layout.WGMMA)
+        for start in range(0, static.config.columns, side):
+            row = start + iota
+            key = first_key + row // tiles.box_rows * tiles.cell + lax.rem(row, tiles.cell)
+            for column in range(0, static.shape.head_dim, side):
+                part = v_smem.at[pl.ds(start, side), pl.ds(column, side)]
+                values = load(part, plgpu.Layout.WGMMA)
+                part[...] = jnp.where((key >= begin) & (key < item.kv_len), values, jnp.zeros_like(values))
+        plgpu.commit_smem()
+
+
+def _add_product(static: Kernel, accumulator: jax.Array, weights: jax.Array, v_smem: Any) -> jax.Array:
+    """accumulator + weights @ values. Nothing may come between this wgmma and its wait.
+
+    The weights are the wgmma's operand in registers, and ptxas before CUDA 13.3 may hand those registers to later
+    instructions while the wgmma still reads them.
+    """
+    if static.interpret:  # the interpreter has no wgmma that accumulates in place; its plain read needs a fence
+        product = jnp.dot(weights, v_smem[...], preferred_element_type=jnp.float32)
+        plgpu.commit_smem()
+        return accumulator + product
+    product = pl.run_state(lambda ref: plgpu.wgmma(ref, weights, v_smem))
+    return product(plgpu.WGMMAAccumulatorRef.init(accumulator))  # pyright: ignore[reportReturnType]
