@@ -38,7 +38,7 @@ def _timed_write(model: str, num_tokens: int, columns: dict[str, Callable]) -> T
     def step(write: Callable, state: Any, k: jax.Array, v: jax.Array, slots: jax.Array) -> tuple:
         return write(*state, k, v, slots), ()
 
-    def arguments(seed: int) -> tuple:
+    def arguments(seed: int) -> tuple[Any, ...]:
         new = [normal((num_tokens, num_kv_heads, head_dim), seed=seed + i) for i in range(2)]
         return *new, _slots(num_tokens)
 
@@ -81,9 +81,10 @@ def _write_tuned() -> list[Tuned]:
 def _write_error(shape: tuple[int, int], num_tokens: int, implementation: str) -> float:
     k, v = (normal((num_tokens, *shape), seed=seed) for seed in range(2))
     slots = _slots(num_tokens, 600).at[:: max(2, num_tokens // 4)].set(-1)
-    caches = [normal((600, shape[0], _BLOCK_SIZE, shape[1]), seed=seed) for seed in (2, 3)]
-    got = write_kv(*caches, k, v, slots, implementation=implementation)
-    wanted = reference.write_kv(*(np.asarray(x) for x in (*caches, k, v, slots)))
+    k_cache, v_cache = (normal((600, shape[0], _BLOCK_SIZE, shape[1]), seed=seed) for seed in (2, 3))
+    got = write_kv(k_cache, v_cache, k, v, slots, implementation=implementation)
+    host = [np.asarray(x) for x in (k_cache, v_cache, k, v, slots)]
+    wanted = reference.write_kv(host[0], host[1], host[2], host[3], host[4])
     return max(relative_error(a, b) for a, b in zip(got, wanted, strict=True))
 
 
@@ -108,8 +109,8 @@ def _rope_arguments(model: str, num_tokens: int, normed: bool, seed: int) -> tup
 def _rope_timed() -> list[Timed]:
     def step(implementation: str, state: Any, qkv: Any, cos: Any, sin: Any, slots: Any, q_norm: Any, k_norm: Any):
         options = {"q_norm": q_norm, "k_norm": k_norm, "implementation": implementation}
-        q, *state = rope_write_kv(qkv, cos, sin, *state, slots, **options)
-        return tuple(state), q
+        q, k_cache, v_cache = rope_write_kv(qkv, cos, sin, state[0], state[1], slots, **options)
+        return (k_cache, v_cache), q
 
     cases = []
     for model, normed in (("llama3_8b", False), ("qwen3_8b", True), ("gemma2_9b", False)):
@@ -138,9 +139,9 @@ def _rope_error(model: str, num_tokens: int, normed: bool, implementation: str) 
     got = rope_write_kv(qkv, cos, sin, *caches, slots, **options, implementation=implementation)
     host = np.asarray(qkv)
     q, k, v = host[:, :, :-2].reshape(num_tokens, -1, head_dim), host[:, :, -2], host[:, :, -1]
-    numpy_norms = {name: None if norm is None else np.asarray(norm) for name, norm in options.items()}
-    rest = (np.asarray(x) for x in (cos, sin, *caches, slots))
-    wanted = reference.rope_write_kv(q, k, v, *rest, **numpy_norms)
+    q_norm, k_norm = (None if norm is None else np.asarray(norm) for norm in norms)
+    rest = [np.asarray(x) for x in (cos, sin, *caches, slots)]
+    wanted = reference.rope_write_kv(q, k, v, rest[0], rest[1], rest[2], rest[3], rest[4], q_norm, k_norm)
     return max(relative_error(a, b) for a, b in zip(got, wanted, strict=True))
 
 

@@ -35,6 +35,16 @@ VECTOR_LAYOUT = plgpu.Layout.WG_STRIDED((VECTOR,), vec_size=4)
 
 ADD, MAX, MIN = "add", "max", "min"
 _COMBINE = {ADD: lax.add, MAX: lax.max, MIN: lax.min}
+_APPEND = """{
+.reg .pred wanted, fits;
+setp.ge.f32 wanted, $2, $3;
+setp.lt.and.f32 wanted, $2, $4, wanted;
+setp.lt.and.u32 fits, $1, $5, wanted;
+@fits st.shared.f32 [$1], $2;
+mov.b32 $0, $1;
+@wanted add.u32 $0, $0, $6;
+}"""
+"""Stores $2 at $1 if it lies in [$3, $4) and $1 is below $5. The next address is one row of $6 bytes on if it does."""
 _PTX = {ADD: "add.f32", MAX: "max.f32", MIN: "min.f32"}
 
 
@@ -103,14 +113,15 @@ class Cta:
     def _warp_reduce(self, values: jax.Array, kind: str) -> jax.Array:
         """f32[THREADS]: what a thread's warp holds, reduced."""
         if self.interpret:
-            by_warp = values.reshape(THREADS // WARP, -1)
-            reduced = {ADD: jnp.sum, MAX: jnp.max, MIN: jnp.min}[kind](by_warp, axis=1, keepdims=True)
-            return jnp.broadcast_to(reduced, (THREADS // WARP, WARP)).reshape(THREADS)
+            warps = values.reshape(THREADS // WARP, -1)
+            totals = {ADD: jnp.sum, MAX: jnp.max, MIN: jnp.min}[kind](warps, axis=1, keepdims=True)
+            return jnp.broadcast_to(totals, (THREADS // WARP, WARP)).reshape(THREADS)
         layout = LANE_LAYOUT if values.shape[0] == THREADS else VECTOR_LAYOUT
         result = plgpu.ShapeDtypeStruct((THREADS,), jnp.float32, layout=LANE_LAYOUT)
 
         @plgpu.inline_mgpu(arg_types=(layout,), return_type=result)
-        def reduced(_, array: mgpu.FragmentedArray) -> mgpu.FragmentedArray:
+        def by_warp(_: Any, *arguments: Any) -> mgpu.FragmentedArray:
+            (array,) = arguments
             parts = [part for register in array.registers.flat for part in _elements(register)]
             total = parts[0]
             for part in parts[1:]:
@@ -119,7 +130,7 @@ class Cta:
                 total = _binary(kind, total, mgpu_utils.shfl_bfly(total, distance))
             return _lanes([total])
 
-        return reduced(values)
+        return by_warp(values)  # pyright: ignore[reportReturnType]
 
     def compact(self, pool: Any, counts: jax.Array, values: jax.Array, low: Any, high: Any) -> jax.Array:
         """Appends the values v of f32[VECTOR] with low <= v < high to their threads' columns of a pool's values.
@@ -135,27 +146,26 @@ class Cta:
             arg_types=(plgpu.RefType(), LANE_LAYOUT, VECTOR_LAYOUT, scalar, scalar, scalar),
             return_type=plgpu.ShapeDtypeStruct((THREADS,), jnp.int32, layout=LANE_LAYOUT),
         )
-        def appended(_, pool, counts, values, low, high, warpgroup):
+        def appended(_: Any, *arguments: Any) -> mgpu.FragmentedArray:
+            pool, counts, values, *scalars = arguments
             i32 = ir.IntegerType.get_signless(32)
-            low, high, warpgroup = (x.registers.item() for x in (low, high, warpgroup))
+            low, high, warpgroup = (x.registers.item() for x in scalars)
             lane = arith.remui(mgpu_utils.thread_idx(), mgpu_utils.c(THREADS, i32))
             column = arith.addi(arith.muli(warpgroup, mgpu_utils.c(THREADS, i32)), lane)
-            base = llvm.ptrtoint(i32, mgpu_utils.memref_ptr(pool))
-            base = arith.addi(base, arith.muli(column, mgpu_utils.c(4, i32)))
+            first = llvm.ptrtoint(i32, mgpu_utils.memref_ptr(pool))
+            first = arith.addi(first, arith.muli(column, mgpu_utils.c(4, i32)))
+            end = arith.addi(first, mgpu_utils.c(4 * rows * columns, i32))
+            row_bytes = mgpu_utils.c(4 * columns, i32)
             (count,) = _elements(counts.registers.item())
+            address = arith.addi(first, arith.muli(count, row_bytes))
             for register in values.registers.flat:
                 for value in _elements(register):
-                    wanted = arith.andi(
-                        arith.cmpf(arith.CmpFPredicate.OGE, value, low),
-                        arith.cmpf(arith.CmpFPredicate.OLT, value, high),
+                    address = mgpu_utils.inline_ptx(
+                        _APPEND, address, value, low, high, end, row_bytes, result_types=i32, has_side_effects=True
                     )
-                    fits = arith.cmpi(arith.CmpIPredicate.ult, count, mgpu_utils.c(rows, i32))
-                    address = arith.addi(base, arith.muli(count, mgpu_utils.c(4 * columns, i32)))
-                    mgpu_utils.inline_ptx("st.shared.f32 [$0], $1;", address, value, predicate=arith.andi(wanted, fits))
-                    count = arith.addi(count, arith.extui(i32, wanted))
-            return _lanes([count], is_signed=True)
+            return _lanes([arith.divui(arith.subi(address, first), row_bytes)], is_signed=True)
 
-        return appended(pool, counts, values, low, high, self.index)
+        return appended(pool, counts, values, low, high, self.index)  # pyright: ignore[reportReturnType]
 
 
 def plgpu_ds(start: Any, size: int) -> Any:

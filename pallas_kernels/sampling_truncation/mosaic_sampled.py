@@ -29,13 +29,16 @@ class Config:
 
     warpgroups: int = 4
     """Of the CTA of a row; a power of two."""
-    loads: int = 4
-    """16-byte loads that a thread has in flight."""
+    loads: int = 3
+    """16-byte loads that a thread issues together."""
     samples: int = 8
     """Values of the sample per thread; a multiple of 4."""
     slots: int = 24
     """Candidates that a thread can hold; a multiple of 4."""
-    unsafe_no_auto_barriers: bool = True
+    ahead: bool = True
+    """Whether a scan loads the next tile before it works on one."""
+    auto_barriers: bool = False
+    """Mosaic's own barriers around shared memory, in addition to those of the CTA."""
 
     def __post_init__(self) -> None:
         assert self.warpgroups & (self.warpgroups - 1) == 0 and self.samples % 4 == 0 and self.slots % 4 == 0
@@ -43,7 +46,7 @@ class Config:
 
 def default_config(rows: int) -> Config:
     """Without tuning data: the whole SM for a row while there is one for each."""
-    return Config(warpgroups=8, loads=3, samples=4, slots=12) if rows <= 132 else Config()
+    return Config(warpgroups=8, loads=2, samples=4, slots=12) if rows <= 132 else Config()
 
 
 def truncate_logits(
@@ -80,7 +83,7 @@ def truncate_logits(
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             # Threads read only their own columns of the pools, and the partials under the CTA's barriers.
-            unsafe_no_auto_barriers=config.unsafe_no_auto_barriers,
+            unsafe_no_auto_barriers=not config.auto_barriers,
             reduction_scratch_bytes=0,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
@@ -108,7 +111,7 @@ def _kernel(
     index = lax.axis_index("row")
     warpgroup = lax.axis_index("warpgroup")
     cta = Cta(warpgroup, config.warpgroups, partials, barriers.at[0], barriers.at[1], interpret)
-    row = Row(logits.at[index], cta, config.loads)
+    row = Row(logits.at[index], cta, config.loads, config.ahead)
     k, p, log_m = top_k[index], top_p[index], log_min_p[index]
     options = Options(k.astype(jnp.float32), p, log_m, (k > 0) & (k < vocab), p < 1.0)
     needed = options.uses_k | options.uses_p | (log_m > -jnp.inf)

@@ -64,7 +64,9 @@ class Row:
     values: Any
     cta: Cta
     loads: int
-    """Vectors that a thread has in flight."""
+    """Vectors of a tile, which a thread loads together."""
+    ahead: bool
+    """Whether a scan loads the next tile before it works on one."""
 
     @property
     def size(self) -> int:
@@ -115,13 +117,12 @@ class Row:
         def store(start: Any, values: jax.Array) -> None:
             output[pl.ds(start, values.shape[0])] = jnp.where(values >= lowest, values, -jnp.inf)
 
-        def tile(index: Any, carry: None) -> None:
-            starts = list(self._starts(index))
+        @pl.loop(0, self._steps)
+        def _(step: Any) -> None:
+            starts = list(self._starts(step))
             for start, values in zip(starts, [self._load(start) for start in starts], strict=True):
                 store(start, values)
-            return carry
 
-        self._full_tiles(tile, None)
         for vector, exists in self._left_over():
 
             @pl.when(exists)
@@ -140,10 +141,20 @@ class Row:
     def _fold(self, visit: Callable, carry: tuple) -> tuple:
         """Folds `visit` over this warpgroup's vectors; positions that belong to no one read as -inf."""
 
-        def tile(index: Any, carry: tuple) -> tuple:
-            return functools.reduce(visit, [self._load(start) for start in self._starts(index)], carry)
+        steps = self._steps
 
-        carry = self._full_tiles(tile, carry)
+        def loaded(step: Any) -> tuple:
+            return tuple(self._load(start) for start in self._starts(step))
+
+        def tile(step: Any, state: tuple) -> tuple:
+            carry, values = state
+            following = loaded(lax.min(step + 1, steps - 1))
+            return functools.reduce(visit, values, carry), following
+
+        if steps and self.ahead:
+            carry, _ = lax.fori_loop(0, steps, tile, (carry, loaded(0)))
+        elif steps:
+            carry = lax.fori_loop(0, steps, lambda step, carry: functools.reduce(visit, loaded(step), carry), carry)
         vectors = [vector for vector, _ in self._left_over()]
         if self.size % VECTOR:
             # The row's last vector overlaps the one before; one warpgroup takes the part that is left.
@@ -158,13 +169,14 @@ class Row:
             carry = visit(carry, jnp.where(position >= skipped, values, -jnp.inf))
         return carry
 
-    def _full_tiles(self, tile: Callable, carry: Any) -> Any:
-        """Runs tile(index, carry) for this warpgroup's tiles of `loads` vectors."""
-        steps = self.size // VECTOR // (self.loads * self.cta.warpgroups)
-        return lax.fori_loop(0, steps, lambda i, c: tile(i * self.cta.warpgroups + self.cta.index, c), carry)
+    @property
+    def _steps(self) -> int:
+        """How many tiles of `loads` vectors each warpgroup has."""
+        return self.size // VECTOR // (self.loads * self.cta.warpgroups)
 
-    def _starts(self, tile: Any) -> Iterator[Any]:
-        """The positions of a tile's vectors."""
+    def _starts(self, step: Any) -> Iterator[Any]:
+        """The positions of the vectors of this warpgroup's tile."""
+        tile = step * self.cta.warpgroups + self.cta.index
         first = pl.multiple_of(tile * (self.loads * VECTOR), self.loads * VECTOR)
         return (first + j * VECTOR for j in range(self.loads))
 

@@ -21,7 +21,7 @@ from pallas_kernels.sampling_truncation.row_scan import LOWEST, Row, Scan, weigh
 _ROWS_AT_ONCE = 4
 _MOST_SCANS = 200
 _MOST_NARROWINGS = 400
-"""Only rows with NaN or +inf get there: they must not hang the device."""
+"""Far more than any row needs: whatever a row holds, it must not hang the device."""
 _SMALLEST_MASS = 1e-30
 _MAX_EXPONENT = 60.0
 """A reference further than this from the maximum could overflow or lose the masses."""
@@ -67,6 +67,10 @@ def above(value: jax.Array) -> jax.Array:
     return value + lax.max(lax.abs(value) * jnp.float32(5.9604656e-08), jnp.float32(1.1754944e-38))
 
 
+def _finite(value: jax.Array) -> jax.Array:
+    return lax.abs(value) <= jnp.float32(-LOWEST)
+
+
 @dataclasses.dataclass(frozen=True)
 class Search:
     """The search of one CTA for its row's threshold."""
@@ -110,12 +114,11 @@ class Search:
                 lambda: self.row.scan(self.candidate_values, low, high, reference, lowest, masses=True),
                 lambda: self.row.scan(self.candidate_values, low, high, reference, lowest, masses=False),
             )
-            fits = ~options.uses_p | (lax.abs(scan.maximum - reference) < _MAX_EXPONENT)
+            fits = ~options.uses_p | (lax.abs(scan.maximum - reference) < _MAX_EXPONENT) | ~_finite(scan.maximum)
             narrowed = self._narrowed(bracket, scan, scan.count_low, scan.count_high, options.k)
-            ends = (jnp.where(options.uses_k, new, old) for new, old in zip(narrowed[:4], bracket[:4], strict=True))
-            done, crowded = fits & (narrowed.done | ~options.uses_k), options.uses_k & narrowed.crowded
-            bracket = Bracket(*ends, done, crowded, narrowed.scans)
-            return scan, bracket, jnp.where(fits, reference, scan.maximum)
+            # Without top-k nothing reads the bracket.
+            narrowed = narrowed._replace(done=fits & (narrowed.done | ~options.uses_k))
+            return scan, narrowed, jnp.where(fits, reference, scan.maximum)
 
         empty = Scan(zero, zero, splat(0, dtype=jnp.int32), *[zero] * (len(Scan._fields) - 3))
         reference = jnp.where(largest >= LOWEST, largest, zero)
@@ -161,7 +164,7 @@ class Search:
             high=high,
             sum_low=jnp.where(over, sum_high, jnp.where(inside, sum_low, bracket.sum_low)),
             sum_high=jnp.where(below, sum_low, jnp.where(inside, sum_high, bracket.sum_high)),
-            done=~(low < high) | (inside & ~crowded),
+            done=~(low < high) | (inside & ~crowded) | ~_finite(scan.maximum),
             crowded=crowded,
             scans=bracket.scans + 1,
         )

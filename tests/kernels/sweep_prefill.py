@@ -122,7 +122,9 @@ def wanted_ragged(inputs: list[jax.Array], arguments: tuple[np.ndarray, ...], nu
         **options,
     )
     q = inputs[0][:num_tokens]
-    return np.asarray(pallas_kernels.ragged_paged_attention(q, *inputs[1:], plan, scale=SCALE).astype(jnp.float32))
+    return np.asarray(
+        pallas_kernels.ragged_paged_attention(q, inputs[1], inputs[2], plan, scale=SCALE).astype(jnp.float32)
+    )
 
 
 def exact_inputs(arguments: tuple[np.ndarray, ...], keys: int) -> tuple[list[jax.Array], np.ndarray]:

@@ -13,6 +13,7 @@ from pallas_kernels import __main__ as command_line
 from pallas_kernels import tuning
 from pallas_kernels.bench import cases, commands
 from pallas_kernels.kv_write import reference
+from tests.kernels.cases import needs_mosaic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +74,8 @@ def test_config_of_another_version(folder):
         find(folder, {"tokens": 64, "keys": 1024})
 
 
+@needs_mosaic
 def test_shipped_files_fit_their_kernels():
-    pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
     known = {(case.kernel, type(case.candidates[0])) for op in commands.OPS.values() for case in op.tuned()}
     classes = dict(known)
     for path in tuning.FOLDER.glob("*.json"):

@@ -6,15 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.bench.truncation import CANDIDATES
 from pallas_kernels.sampling_truncation import reference
 from pallas_kernels.sampling_truncation.shapes import VOCABS
 from tests.kernels.cases import assert_no_races, needs_mosaic, on_gpu
 from tests.kernels.test_truncation import OPTIONS
 
 pytestmark = needs_mosaic
-
-# (warpgroups, loads, samples, slots)
-TUNABLE = [(8, 3, 4, 12), (4, 4, 8, 24), (4, 6, 8, 24), (2, 6, 16, 40)]
 
 
 def run(logits: np.ndarray, options: list, config: tuple, interpret: bool) -> np.ndarray:
@@ -48,7 +46,7 @@ def test_kept_set():
 @pytest.mark.parametrize("options", [[(50, 1.0, 0.0)], [(0, 0.9, 0.0)], [(40, 0.95, 0.001)]])
 def test_two_warpgroups_and_a_tail(options: list):
     logits = np.random.default_rng(1).normal(0, 3, (1, 2200)).astype(np.float32)
-    check(logits, options, (2, 1, 4, 4), interpret=True)
+    check(logits, options, (2, 1, 4, 4, options[0][0] != 50), interpret=True)
 
 
 def test_scans_that_drop_candidates():
@@ -79,7 +77,7 @@ def test_rows_without_a_finite_maximum_end(bad: float):
     assert run(logits, [(5, 0.5, 0.1)], (1, 2, 4, 8), interpret=True).shape == (1, 512)
 
 
-@pytest.mark.parametrize("config", [pytest.param(config, marks=on_gpu) for config in TUNABLE])
+@pytest.mark.parametrize("config", [pytest.param(config, marks=on_gpu) for config in CANDIDATES])
 @pytest.mark.parametrize("vocab", [1000, *VOCABS.values()])
 @pytest.mark.parametrize("kind", ["normal", "flat", "peaked", "bfloat16", "constant", "masked"])
 def test_real_sizes(config: tuple, vocab: int, kind: str):
