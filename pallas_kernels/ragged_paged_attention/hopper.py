@@ -1,7 +1,8 @@
 """Which Hopper kernels serve a step, with which configuration: the decode kernel for sequences of one token, the
 prefill kernel for the others, and the simple kernel of mosaic_gpu for shapes that those two were not measured on.
 
-Configurations are the best of the sweeps recorded in pallas_kernels/README.md, on an H200.
+Configurations are the best of the sweeps recorded in pallas_kernels/README.md, on an H200. `plan_attention` does not
+call this yet: the README says what has to be measured first.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from jax import lax
 
 from pallas_kernels.ragged_paged_attention.plan_decode import DecodeConfig, DecodePlan, DecodeShape, plan_decode, tiling
 from pallas_kernels.ragged_paged_attention.plan_prefill import PrefillPlan, plan_prefill
+
+#: block_tables, table_rows, cu_q_lens and kv_lens of plan_attention.
+Metadata = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 _FEW_SEQUENCES = 8
 _PREFILL_TILE_TOKENS = 128
@@ -40,7 +44,7 @@ def decode_config(shape: DecodeShape, num_seqs: int) -> DecodeConfig | None:
 
 
 def plan_decodes(
-    metadata: tuple[jax.Array, ...], shape: DecodeShape, sliding_windows: Sequence[int | None]
+    metadata: Metadata, shape: DecodeShape, sliding_windows: Sequence[int | None]
 ) -> tuple[DecodePlan, ...]:
     """One decode plan for each window; none when the decode kernel does not serve the shape.
 
@@ -66,7 +70,7 @@ def plan_decodes(
     return tuple(plan_decode(*metadata, each, config) for each in shapes)
 
 
-def plan_prefills(metadata: tuple[jax.Array, ...], shape: DecodeShape, num_tokens: int) -> PrefillPlan | None:
+def plan_prefills(metadata: Metadata, shape: DecodeShape, num_tokens: int) -> PrefillPlan | None:
     """The prefill plan of a mixed step; None when the prefill kernel does not serve the shape."""
     if shape.head_dim != _PREFILL_HEAD_DIM:
         return None

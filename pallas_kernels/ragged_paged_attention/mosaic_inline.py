@@ -112,8 +112,8 @@ def stage_rows(values: jax.Array, staged: Any, transforms: tuple[Any, ...]) -> N
             return utils.c(value, i32)
 
         thread = llvm.inline_asm(i32, [], "mov.u32 $0, %tid.x;", "=r", has_side_effects=True)
-        lane = arith.andi(thread, constant(31))
-        warp = arith.andi(arith.shrui(thread, constant(5)), constant(3))
+        lane = arith.andi(thread, constant(31))  # pyright: ignore[reportArgumentType]
+        warp = arith.andi(arith.shrui(thread, constant(5)), constant(3))  # pyright: ignore[reportArgumentType]
         row = arith.addi(arith.muli(warp, constant(16)), arith.andi(lane, constant(15)))
         line = arith.muli(row, constant(tiles))  # lines of 128 bytes: tiles of a row one after the other
         chunk = arith.xori(arith.andi(line, constant(7)), arith.shrui(lane, constant(4)))

@@ -160,7 +160,7 @@ class Cta:
             address = arith.addi(first, arith.muli(count, row_bytes))
             for register in values.registers.flat:
                 for value in _elements(register):
-                    address = mgpu_utils.inline_ptx(
+                    address = mgpu_utils.inline_ptx(  # pyright: ignore[reportAttributeAccessIssue]
                         _APPEND, address, value, low, high, end, row_bytes, result_types=i32, has_side_effects=True
                     )
             return _lanes([arith.divui(arith.subi(address, first), row_bytes)], is_signed=True)
@@ -191,7 +191,7 @@ def _lanes(scalars: Sequence[Any], is_signed: bool | None = None) -> mgpu.Fragme
 
 
 def _binary(kind: str, a: Any, b: Any) -> Any:
-    return mgpu_utils.inline_ptx(f"{_PTX[kind]} $0, $1, $2;", a, b, result_types=ir.F32Type.get())
+    return mgpu_utils.inline_ptx(f"{_PTX[kind]} $0, $1, $2;", a, b, result_types=ir.F32Type.get())  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _plain_compact(pool: Any, columns: Any, counts: jax.Array, values: jax.Array, low: Any, high: Any) -> jax.Array:
