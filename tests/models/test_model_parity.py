@@ -12,6 +12,8 @@ from tests.models import harness
 from tests.models.checkpoints import CHECKPOINTS, VOCAB_SIZE, hf_logits, make_checkpoint
 from vjax.models.functional import build_model
 
+pytest.importorskip("torch", reason="Hugging Face in torch is the oracle")
+
 TOLERANCE = 1e-4
 
 
