@@ -98,8 +98,8 @@ class Step:
         num_rows = rows.num_computed.shape[0]
         last_token_index = jnp.maximum(batch.cu_tokens[1:] - 1, 0)
         sampled = jnp.where(jnp.arange(layout.num_seqs) < batch.num_sampled, seq_rows, 0)
-        # Nothing of an earlier step stays: a sample program may read more rows than this bucket has, and a row left there
-        # would get that step's token again.
+        # Nothing of an earlier step stays: a sample program may read more rows than this bucket has, and a row left
+        # there would get that step's token again.
         sampled_rows = jax.lax.dynamic_update_slice(rows.sampled_rows * 0, sampled, (0,))
         rows = rows.replace(
             num_computed=rows.num_computed.at[jnp.where(in_batch, seq_rows, num_rows)].set(kv_lens, mode="drop"),
