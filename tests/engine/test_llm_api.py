@@ -429,7 +429,8 @@ def test_progress(llm, capsys):
     err = capsys.readouterr().err
     assert "Processed prompts: 100%" in err and "2/2" in err and "tok/s" in err
     llm.generate([TEXT] * 2, GREEDY, use_tqdm=False)
-    assert capsys.readouterr() == ("", "")
+    quiet = capsys.readouterr()  # the line of statistics, every ten seconds, may fall in here
+    assert quiet.out == "" and "Processed prompts" not in quiet.err
 
     made = []
 
