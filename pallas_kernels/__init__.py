@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pallas_kernels.implementation import IMPLEMENTATIONS, default_implementation, padded_head_dim
 from pallas_kernels.kv_write.api import write_kv
+from pallas_kernels.kv_write.rope import rope_write_kv
 from pallas_kernels.ragged_paged_attention.api import ragged_paged_attention
 from pallas_kernels.ragged_paged_attention.plan import AttentionPlan, plan_attention
 from pallas_kernels.sampling_truncation.api import truncate_logits
@@ -18,6 +19,7 @@ __all__ = [
     "padded_head_dim",
     "plan_attention",
     "ragged_paged_attention",
+    "rope_write_kv",
     "truncate_logits",
     "write_kv",
 ]

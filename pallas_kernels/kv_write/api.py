@@ -66,6 +66,6 @@ def _write_kv(
 ) -> tuple[jax.Array, jax.Array]:
     if implementation == XLA:
         return xla.write_kv(k_cache, v_cache, k, v, slots)
-    from pallas_kernels.kv_write import mosaic_gpu
+    from pallas_kernels.kv_write import mosaic_registers
 
-    return mosaic_gpu.write_kv(k_cache, v_cache, k, v, slots, interpret=implementation == MOSAIC_GPU_INTERPRET)
+    return mosaic_registers.write_kv(k_cache, v_cache, k, v, slots, interpret=implementation == MOSAIC_GPU_INTERPRET)

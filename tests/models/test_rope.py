@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vjax.layers.rope import apply_rope, inverse_frequencies, rope_cos_sin
+from pallas_kernels import rope_write_kv
+from vjax.layers.rope import inverse_frequencies, rope_cos_sin
 from vjax.models.arch import RopeConfig
 from vjax.models.rope_config import rope_config_from_hf
 
@@ -87,14 +88,10 @@ def test_rotation_keeps_norms_and_depends_on_distance_only():
 
     def scores(shift: int) -> np.ndarray:
         cos, sin = rope_cos_sin(jnp.array([shift, shift + 7], jnp.int32), rope, 16)
-        rotated = apply_rope(x, cos, sin)
+        cache = jnp.zeros((1, 3, 16, 16), jnp.float32)
+        slots = jnp.full(2, -1, jnp.int32)
+        rotated, _, _ = rope_write_kv((x, x, x), cos, sin, cache, cache, slots, implementation="xla")
         np.testing.assert_allclose(jnp.linalg.norm(rotated, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
         return np.asarray(jnp.sum(rotated[0] * rotated[1], axis=-1))
 
     np.testing.assert_allclose(scores(0), scores(1000), atol=2e-3)
-
-
-def test_apply_rope_returns_the_dtype_of_its_input():
-    cos, sin = rope_cos_sin(jnp.arange(4, dtype=jnp.int32), RopeConfig(), 8)
-    assert cos.dtype == sin.dtype == jnp.float32 and cos.shape == (4, 4)
-    assert apply_rope(jnp.ones((4, 2, 8), jnp.bfloat16), cos, sin).dtype == jnp.bfloat16

@@ -5,16 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
 from vjax.layers.linear import matmul
-from vjax.layers.norm import rms_norm
 from vjax.layers.param import param
-from vjax.layers.rope import apply_rope
 from vjax.layers.vectors import LayerVectors
 from vjax.models.arch import ArchConfig
 from vjax.parallel.sharding import KV_CACHE_AXES, partition_spec
@@ -66,28 +63,23 @@ class Attention(nnx.Module):
         meta: AttentionMetadata,
     ) -> tuple[jax.Array, KVCache]:
         """x `[T, hidden]` -> `[T, hidden]` and the cache with this step's keys and values written into it."""
-        q, k, v = self._project(x, vectors)
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        out, kv = self._attend(q, k, v, kv, meta)
-        out = matmul(out.reshape(x.shape[0], -1), self.o[...].reshape(-1, x.shape[1]))
-        return (out + vectors["o_bias"] if "o_bias" in vectors else out), kv
-
-    def _project(self, x: jax.Array, vectors: LayerVectors) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """q `[T, H, D]` with the heads of one key/value head side by side, k and v `[T, KVH, D]`."""
         num_tokens = x.shape[0]
         hidden, kv_heads, slices, head_dim = self.qkv.shape
         qkv = matmul(x, self.qkv[...].reshape(hidden, -1)).reshape(num_tokens, kv_heads, slices, head_dim)
         if "qkv_bias" in vectors:
             qkv = qkv + vectors["qkv_bias"]
-        q = qkv[:, :, :-2].reshape(num_tokens, -1, head_dim)
-        k, v = qkv[:, :, -2], qkv[:, :, -1]
-        if "q_norm" in vectors:
-            q = rms_norm(q, vectors["q_norm"], self.rms_norm_eps)
-            k = rms_norm(k, vectors["k_norm"], self.rms_norm_eps)
-        return q, k, v
+        norms = (vectors["q_norm"], vectors["k_norm"]) if "q_norm" in vectors else None
+        out, kv = self._attend(qkv, norms, rope, kv, meta)
+        out = matmul(out.reshape(num_tokens, -1), self.o[...].reshape(-1, hidden))
+        return (out + vectors["o_bias"] if "o_bias" in vectors else out), kv
 
     def _attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, kv: KVCache, meta: AttentionMetadata
+        self,
+        qkv: jax.Array,
+        norms: tuple[jax.Array, jax.Array] | None,
+        rope: tuple[jax.Array, jax.Array],
+        kv: KVCache,
+        meta: AttentionMetadata,
     ) -> tuple[jax.Array, KVCache]:
         attend = self._attend_shard
         if self.mesh is not None and self.mesh.size > 1:
@@ -96,25 +88,36 @@ class Attention(nnx.Module):
             attend = jax.shard_map(
                 attend,
                 mesh=self.mesh,
-                in_specs=(heads, heads, heads, (cache, cache), P()),
+                in_specs=(partition_spec((None, "kv_heads", None, None)), P(), P(), (cache, cache), P()),
                 out_specs=(heads, (cache, cache)),
                 check_vma=False,
             )
-        return attend(q, k, v, kv, meta)
+        return attend(qkv, norms, rope, kv, meta)
 
     def _attend_shard(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, kv: KVCache, meta: AttentionMetadata
+        self,
+        qkv: jax.Array,
+        norms: tuple[jax.Array, jax.Array] | None,
+        rope: tuple[jax.Array, jax.Array],
+        kv: KVCache,
+        meta: AttentionMetadata,
     ) -> tuple[jax.Array, KVCache]:
         """Writes k and v, then attends: tokens of one step may read each other's keys through shared blocks.
 
         The cache's head_dim may exceed the model's (kernels want a multiple): zeros change neither scores nor sums.
         """
-        head_dim, cache_head_dim = q.shape[-1], kv[0].shape[-1]
-        if cache_head_dim != head_dim:
-            widths = ((0, 0), (0, 0), (0, cache_head_dim - head_dim))
-            q, k, v = jnp.pad(q, widths), jnp.pad(k, widths), jnp.pad(v, widths)
-        k_cache, v_cache = pallas_kernels.write_kv(*kv, k, v, meta.slots, implementation=meta.plan.implementation)
+        q_norm, k_norm = norms or (None, None)
+        q, k_cache, v_cache = pallas_kernels.rope_write_kv(
+            qkv,
+            *rope,
+            *kv,
+            meta.slots,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            eps=self.rms_norm_eps,
+            implementation=meta.plan.implementation,
+        )
         out = pallas_kernels.ragged_paged_attention(
             q, k_cache, v_cache, meta.plan, scale=self.scale, sliding_window=self.sliding_window
         )
-        return out[..., :head_dim], (k_cache, v_cache)
+        return out[..., : self.qkv.shape[-1]], (k_cache, v_cache)

@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al., 2021, arXiv:2104.09864) and its context extensions.
 
-Frequencies are numpy constants of the model; cos and sin are computed once per step and shared by all layers. The two
-halves of a head are rotated against each other (the order in which Hugging Face stores weights).
+Frequencies are numpy constants of the model; cos and sin are computed once per step and shared by all layers. The
+rotation itself is part of the KV write (`pallas_kernels.rope_write_kv`).
 """
 
 from __future__ import annotations
@@ -82,10 +82,3 @@ def rope_cos_sin(positions: jax.Array, rope: RopeConfig, head_dim: int) -> tuple
     inv_freq, attention_factor = inverse_frequencies(rope, head_dim)
     angles = positions.astype(jnp.float32)[:, None] * inv_freq[None, :]
     return jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
-
-
-def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates x `[T, H, D]` by cos and sin f32 `[T, D / 2]`; computed in float32, returned in x.dtype."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
