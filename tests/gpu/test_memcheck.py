@@ -20,7 +20,7 @@ pytestmark = [
 
 
 def memcheck(*cases: str) -> str:
-    """What the checker prints. Each buffer is an allocation of its own with padding behind it, so that it sees the end."""
+    """What the checker prints. Buffers are allocations of their own, with padding behind."""
     environment = {**os.environ, "XLA_PYTHON_CLIENT_ALLOCATOR": "platform", "XLA_FLAGS": ""}
     program = [sys.executable, str(Path(__file__).with_name("memcheck_cases.py")), *cases]
     done = subprocess.run(
