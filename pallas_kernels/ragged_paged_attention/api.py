@@ -7,7 +7,7 @@ import functools
 import jax
 
 from pallas_kernels.implementation import MOSAIC_GPU_INTERPRET, XLA
-from pallas_kernels.ragged_paged_attention import xla
+from pallas_kernels.ragged_paged_attention import hopper, xla
 from pallas_kernels.ragged_paged_attention.plan import AttentionPlan
 from pallas_kernels.validation import check_array, check_caches
 
@@ -67,6 +67,8 @@ def _attention(
     options = {"scale": scale, "sliding_window": sliding_window, "soft_cap": soft_cap}
     if plan.implementation == XLA:
         return xla.attention(q, k_cache, v_cache, plan, **options)
+    if plan.decodes:
+        return hopper.attention(q, k_cache, v_cache, plan.decodes, plan.prefill, **options)
     from pallas_kernels.ragged_paged_attention import mosaic_gpu
 
     interpret = plan.implementation == MOSAIC_GPU_INTERPRET

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.implementation import (
+    MOSAIC_GPU,
     check_mosaic_cache,
     checked_implementation,
     default_implementation,
     is_mosaic,
 )
+from pallas_kernels.ragged_paged_attention import hopper
+from pallas_kernels.ragged_paged_attention.plan_decode import DecodePlan, DecodeShape
+from pallas_kernels.ragged_paged_attention.plan_prefill import PrefillPlan
 from pallas_kernels.validation import Array, check_array, check_block_size
 
 MOSAIC_TILE_ROWS = 64
@@ -51,6 +56,8 @@ class AttentionPlan:
     tile_len: jax.Array
     tile_pos: jax.Array
     token_row: jax.Array
+    decodes: tuple[DecodePlan, ...]
+    prefill: PrefillPlan | None
     block_size: int = dataclasses.field(metadata={"static": True})
     num_q_heads: int = dataclasses.field(metadata={"static": True})
     num_kv_heads: int = dataclasses.field(metadata={"static": True})
@@ -74,6 +81,7 @@ def plan_attention(
     block_size: int,
     dtype: DTypeLike,
     decode_only: bool,
+    sliding_windows: Sequence[int | None] = (None,),
     implementation: str | None = None,
 ) -> AttentionPlan:
     """Cuts a step into query tiles, on the device.
@@ -118,6 +126,14 @@ def plan_attention(
     tile_tokens = _tile_tokens(chosen, decode_only, group)
     max_keys = block_tables.shape[1] * block_size
     tiles = _tiles(cu_q_lens, kv_lens, num_tokens, tile_tokens)
+    decodes, prefill = (), None
+    if chosen == MOSAIC_GPU:
+        metadata = (block_tables, table_rows, cu_q_lens, kv_lens)
+        shape = DecodeShape(num_seqs, num_q_heads, num_kv_heads, head_dim, block_size)
+        decodes = hopper.plan_decodes(metadata, shape, sliding_windows)
+        if decodes and not decode_only:
+            prefill = hopper.plan_prefills(metadata, shape, num_tokens)
+            decodes = decodes if prefill is not None else ()
     return AttentionPlan(
         block_tables=block_tables,
         tile_table_row=table_rows[tiles["seq"]],
@@ -125,6 +141,8 @@ def plan_attention(
         tile_len=tiles["len"],
         tile_pos=tiles["pos"],
         token_row=tiles["token_row"],
+        decodes=decodes,
+        prefill=prefill,
         block_size=block_size,
         num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,
