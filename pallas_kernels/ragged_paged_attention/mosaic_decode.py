@@ -53,7 +53,7 @@ def decode_attention(
         soft_cap: As in the API.
         sinks: f32[H] or None: logits that take part in each head's softmax without a value.
         out: [T, H, D] to write into, in place where XLA can: rows of tokens that the plan has not stay as they are.
-            None: those rows are zeros.
+            None: an array of its own, with zeros for padding tokens; then the plan must have every sequence.
         interpret: Run on the CPU with race detection.
     """
     shape, config, tiles = plan.shape, plan.config, tiling(plan.config, plan.shape)
@@ -62,7 +62,7 @@ def decode_attention(
 
     def rows(x: jax.Array) -> jax.Array:
         """[T, groups, token_rows, D] of [T, H, D]."""
-        x = x.reshape(shape.num_tokens, tiles.groups, used, head_dim)
+        x = x.reshape(-1, tiles.groups, used, head_dim)
         return jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0))) if pad else x
 
     static = Kernel(config, shape, tiles, scale, soft_cap, interpret)

@@ -19,7 +19,9 @@ from tests.kernels.cases import IMPLEMENTATIONS, RaggedBatch, assert_no_races, o
 TOLERANCE = {"float32": 2e-6, "float16": 1.5e-3, "bfloat16": 6e-3}
 
 
-def run(batch: RaggedBatch, implementation: str, *, decode_only: bool = False, **options) -> np.ndarray:
+def run(
+    batch: RaggedBatch, implementation: str, *, decode_only: bool = False, max_decode_tokens: int = 1, **options
+) -> np.ndarray:
     num_tokens, num_q_heads, head_dim = batch.q.shape
     plan = pallas_kernels.plan_attention(
         *batch.metadata,
@@ -30,6 +32,8 @@ def run(batch: RaggedBatch, implementation: str, *, decode_only: bool = False, *
         block_size=batch.k_cache.shape[2],
         dtype=batch.k_cache.dtype,
         decode_only=decode_only,
+        max_decode_tokens=max_decode_tokens,
+        sliding_windows=(options.get("sliding_window"),),
         implementation=implementation,
     )
     options = {"scale": head_dim**-0.5, **options}
@@ -41,8 +45,10 @@ def run(batch: RaggedBatch, implementation: str, *, decode_only: bool = False, *
     return output
 
 
-def check(batch: RaggedBatch, implementation: str, *, decode_only: bool = False, **options) -> None:
-    got = run(batch, implementation, decode_only=decode_only, **options)
+def check(
+    batch: RaggedBatch, implementation: str, *, decode_only: bool = False, max_decode_tokens: int = 1, **options
+) -> None:
+    got = run(batch, implementation, decode_only=decode_only, max_decode_tokens=max_decode_tokens, **options)
     options = {"scale": batch.q.shape[-1] ** -0.5, **options}
     wanted = np.asarray(
         reference.ragged_paged_attention(batch.q, batch.k_cache, batch.v_cache, *batch.metadata, **options)

@@ -226,11 +226,14 @@ def test_plan_covers_every_tile_once(seed: int):
         assert left == 0
     for (seq, group), parts in served.items():
         assert sum(count for _, _, count in parts) == seqs[seq, Seq.TILES]
-        for token in range(cu_q_lens[seq], cu_q_lens[seq + 1]):
-            piece = pieces[token, group]
+        for i in range(q_lens[seq]):
+            piece = pieces[seq * shape.max_q_len + i, group]
             assert piece[Piece.COUNT] == len(parts) and piece[Piece.STREAM] == parts[0][0]
-            assert piece[Piece.ROW] == (token - cu_q_lens[seq]) * tiles.token_rows
-    assert (pieces[cu_q_lens[-1] :, :, Piece.COUNT] == -1).all()
+            assert piece[Piece.ROW] == i * tiles.token_rows and piece[Piece.TOKEN] == cu_q_lens[seq] + i
+    padding = pieces[pieces[:, 0, Piece.COUNT] == -1]
+    np.testing.assert_array_equal(padding[:, 0, Piece.TOKEN], np.arange(cu_q_lens[-1], shape.num_tokens))
+    assert (padding[:, :, Piece.COUNT] == -1).all()
+    assert (pieces[:, :, Piece.COUNT] != 0).all(axis=1).sum() == shape.num_tokens
     lengths = np.asarray(plan.streams)[:, Stream.TILES]
     assert lengths[lengths > 0].max() - lengths[lengths > 0].min() <= 1
 
