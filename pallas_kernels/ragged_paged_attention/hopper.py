@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels import tuning
 from pallas_kernels.ragged_paged_attention.plan_decode import (
@@ -84,13 +83,18 @@ def default_decode_config(shape: DecodeShape, num_seqs: int) -> DecodeConfig:
         128: {"stages": 5, "staged": 128, "unroll": 32} if few else {"stages": 2, "streams": 2},
         256: {"stages": 5, "columns": 64},
     }[shape.head_dim]
-    for heads in (2, 1) if few else (8, 4, 2, 1):
+    best = None
+    for heads in (2, 4, 1) if few else (8, 4, 2, 1):
         config = DecodeConfig(heads=heads, **options)
         try:
-            tiling(config, shape)
+            fits = tiling(config, shape)
         except ValueError:
             continue
-        return config
+        if fits.token_rows == heads * shape.group_size:  # else q has to be padded, and the output cut
+            return config
+        best = best or config
+    if best is not None:
+        return best
     raise NotImplementedError(
         f"{shape.group_size} query heads share a KV head and a decode may have {shape.max_q_len} tokens; mosaic_gpu takes "
         f"at most {TILE_ROWS} rows, the heads of a token rounded up to a multiple of 8: use implementation='xla'"
@@ -169,10 +173,9 @@ def attention(
         raise ValueError(
             f"sliding_window is {sliding_window}; the step was planned for {list(planned)}: pass it to plan_attention"
         )
-    # In a mixed step each kernel writes its own rows of one array, which no one fills before.
-    output = None if plan.prefill is None else jnp.empty_like(q)
     options = {"scale": scale, "soft_cap": soft_cap, "sinks": sinks, "interpret": plan.interpret}
-    output = decode_attention(q, k_cache, v_cache, planned[sliding_window], out=output, **options)
+    decode = planned[sliding_window]
+    output = decode_attention(q, k_cache, v_cache, decode, zero_padding=plan.prefill is None, **options)
     if plan.prefill is None:
         return output
     config = _prefill_config(q.shape[2], plan.interpret)
