@@ -163,15 +163,17 @@ def _zero_unused_values(static: Kernel, item: Item, v_smem: Any, first_key: Any)
 
     @pl.when((first_key + tiles.tile_keys > item.kv_len) | (first_key < begin))
     def _():
-        side = _ZERO_SIDE
-        iota = plgpu.broadcasted_iota(jnp.int32, (side, side), 0, layout=plgpu.Layout.WGMMA)
-        for start in range(0, static.config.columns, side):
-            row = start + iota
+        side, parts = _ZERO_SIDE, static.shape.head_dim // _ZERO_SIDE
+
+        def one_part(index: Any, _: Any) -> None:
+            start, column = lax.div(index, jnp.int32(parts)) * side, lax.rem(index, jnp.int32(parts)) * side
+            row = start + plgpu.broadcasted_iota(jnp.int32, (side, side), 0, layout=plgpu.Layout.WGMMA)
             key = first_key + row // tiles.box_rows * tiles.cell + lax.rem(row, tiles.cell)
-            for column in range(0, static.shape.head_dim, side):
-                part = v_smem.at[pl.ds(start, side), pl.ds(column, side)]
-                values = load(part, plgpu.Layout.WGMMA)
-                part[...] = jnp.where((key >= begin) & (key < item.kv_len), values, jnp.zeros_like(values))
+            part = v_smem.at[pl.ds(start, side), pl.ds(column, side)]
+            values = load(part, plgpu.Layout.WGMMA)
+            part[...] = jnp.where((key >= begin) & (key < item.kv_len), values, jnp.zeros_like(values))
+
+        lax.fori_loop(0, static.config.columns // side * parts, one_part, None)
         plgpu.commit_smem()
 
 
