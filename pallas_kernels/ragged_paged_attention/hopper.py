@@ -40,7 +40,7 @@ class HopperPlan:
 
     Attributes:
         decodes: One plan for each sliding window of the model's layers.
-        prefill: None when the step has decodes only.
+        prefill: Of the sequences that the decode kernel does not take; None when it takes all of them.
         interpret: The kernels run on the CPU, static.
     """
 
@@ -75,14 +75,17 @@ def default_decode_config(shape: DecodeShape, num_seqs: int) -> DecodeConfig:
     """The configuration of a case that is not tuned.
 
     Raises:
-        NotImplementedError: The rows of one KV head's queries are more than a tile's.
+        NotImplementedError: The query heads of one KV head are more than the rows of a tile.
     """
     few = num_seqs <= _FEW_SEQUENCES
-    options = {
-        64: {"stages": 5, "streams": 2} if few else {"stages": 3, "streams": 3},
-        128: {"stages": 5, "staged": 128, "unroll": 32} if few else {"stages": 2, "streams": 2},
-        256: {"stages": 5, "columns": 64},
-    }[shape.head_dim]
+    if shape.max_q_len > 1:
+        options = {64: {"stages": 5, "streams": 2}, 128: {"stages": 6}}[shape.head_dim]
+    else:
+        options = {
+            64: {"stages": 5, "streams": 2} if few else {"stages": 3, "streams": 3},
+            128: {"stages": 5, "staged": 128, "unroll": 32} if few else {"stages": 2, "streams": 2},
+            256: {"stages": 5, "columns": 64},
+        }[shape.head_dim]
     best = None
     for heads in (2, 4, 1) if few else (8, 4, 2, 1):
         config = DecodeConfig(heads=heads, **options)
@@ -96,9 +99,16 @@ def default_decode_config(shape: DecodeShape, num_seqs: int) -> DecodeConfig:
     if best is not None:
         return best
     raise NotImplementedError(
-        f"{shape.group_size} query heads share a KV head and a decode may have {shape.max_q_len} tokens; mosaic_gpu takes "
-        f"at most {TILE_ROWS} rows, the heads of a token rounded up to a multiple of 8: use implementation='xla'"
+        f"{shape.group_size} query heads share a KV head; mosaic_gpu takes at most {TILE_ROWS}: "
+        "use implementation='xla'"
     )
+
+
+def _decode_tokens(group: int, head_dim: int, wanted: int) -> int:
+    """Most query tokens of a sequence that the decode kernel takes: at head dim 256 one, because more spill registers."""
+    if head_dim == 256:
+        return 1
+    return max(1, min(wanted, TILE_ROWS // (-(-group // 8) * 8)))
 
 
 def plan_hopper(
@@ -119,19 +129,20 @@ def plan_hopper(
     Raises:
         NotImplementedError: The kernels cannot serve this shape.
     """
-    shape = DecodeShape(num_tokens, num_q_heads, num_kv_heads, head_dim, block_size, max_decode_tokens)
+    decode_tokens = _decode_tokens(num_q_heads // num_kv_heads, head_dim, max_decode_tokens)
+    shape = DecodeShape(num_tokens, num_q_heads, num_kv_heads, head_dim, block_size, decode_tokens)
     config = decode_config(shape, metadata[1].shape[0])
     if interpret:
         config = dataclasses.replace(config, ctas=_INTERPRETED_CTAS)
     shapes = [dataclasses.replace(shape, sliding_window=window) for window in sliding_windows]
     prefill = None
-    if not decode_only:
+    if not decode_only or decode_tokens < max_decode_tokens:
         prefill = plan_prefill(
             *metadata,
             num_tokens=num_tokens,
             tile_tokens=_prefill_config(head_dim, interpret).tile_tokens,
             block_size=block_size,
-            min_tokens=max_decode_tokens + 1,
+            min_tokens=decode_tokens + 1,
         )
     decodes = tuple(plan_decode(*metadata, each, config) for each in shapes)
     return HopperPlan(decodes, prefill, interpret)

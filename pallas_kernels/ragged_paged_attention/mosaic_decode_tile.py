@@ -148,7 +148,8 @@ def _mask(static: Kernel, item: Item, first_key: Any, scores: jax.Array, *, mask
     key = eighth // tiles.box_rows * tiles.cell + lax.rem(eighth, tiles.cell)
     last = item.kv_len - item.q_len - first_key - lax.rem(column, 8)
     if static.shape.max_q_len > 1:
-        last = last + row // tiles.token_rows
+        of_row = plgpu.broadcasted_iota(jnp.int32, (TILE_ROWS,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
+        last = last + lax.broadcast_in_dim(of_row // tiles.token_rows, scores.shape, [0])
     scores = jnp.where(key <= last, scores, _MASKED)
     if static.shape.sliding_window is not None:
         scores = jnp.where(key > last - static.shape.sliding_window, scores, _MASKED)

@@ -84,8 +84,7 @@ def plan_attention(
 
     Raises:
         ValueError: A shape, dtype or size is wrong.
-        NotImplementedError: The implementation cannot serve this head dim, dtype, group size or max_decode_tokens;
-            "xla" can.
+        NotImplementedError: The implementation cannot serve this head dim, dtype or group size; "xla" can.
     """
     block_tables, table_rows, cu_q_lens, kv_lens = map(jnp.asarray, (block_tables, table_rows, cu_q_lens, kv_lens))
     check_array("block_tables", block_tables, (None, None), jnp.int32)

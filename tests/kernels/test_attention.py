@@ -127,6 +127,69 @@ def test_options(implementation: str, decode_only: bool, options: dict):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("decode_only", [False, True])
+def test_few_tokens_and_sinks(implementation: str, decode_only: bool):
+    """Speculative verification: sequences of up to three tokens are decodes, wherever they stand in the step."""
+    batch = ragged_batch(
+        11,
+        [2, 3, 1] if decode_only else [2, 30, 3],
+        [40, 130, 1] if decode_only else [40, 30, 130],
+        num_q_heads=6,
+        num_kv_heads=2,
+        head_dim=64,
+        block_size=16,
+        dtype=dtype_for(implementation),
+        padding_seqs=1,
+        padding_tokens=3,
+    )
+    sinks = jnp.linspace(-2.0, 6.0, 6, dtype=jnp.float32)
+    check(batch, implementation, decode_only=decode_only, max_decode_tokens=3, sinks=sinks, sliding_window=100)
+
+
+@pytest.mark.parametrize("implementation", [IMPLEMENTATIONS[0], IMPLEMENTATIONS[2]])
+@pytest.mark.parametrize("seed", range(6))
+def test_random_batches(implementation: str, seed: int):
+    rng = np.random.default_rng(seed)
+    block_size = int(rng.choice([16, 32, 64, 128]))
+    group, num_kv_heads = int(rng.choice([1, 3, 4, 7, 8])), int(rng.choice([1, 2, 4]))
+    edges = [1, 2, block_size - 1, block_size, block_size + 1, 127, 128, 129, 300]
+    q_lens = rng.choice([1, 1, 1, 2, 5, 64, 129], int(rng.integers(1, 9)))
+    kv_lens = q_lens + rng.choice([0, *edges], q_lens.shape)
+    batch = ragged_batch(
+        seed,
+        q_lens.tolist(),
+        kv_lens.tolist(),
+        num_q_heads=group * num_kv_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=int(rng.choice([64, 128, 256])),
+        block_size=block_size,
+        dtype="float16",
+        padding_seqs=int(rng.integers(0, 3)),
+        padding_tokens=int(rng.integers(0, 20)),
+        shared_blocks=int(rng.integers(0, 3)),
+    )
+    options = {"sliding_window": int(rng.integers(1, 200))} if seed % 2 else {}
+    sinks = jnp.asarray(rng.normal(size=group * num_kv_heads), jnp.float32) if seed % 3 else None
+    check(batch, implementation, max_decode_tokens=int(rng.integers(1, 6)), sinks=sinks, **options)
+
+
+@pytest.mark.parametrize("implementation", [IMPLEMENTATIONS[0], IMPLEMENTATIONS[2]])
+@pytest.mark.parametrize("decode_only", [False, True])
+def test_long_context(implementation: str, decode_only: bool):
+    batch = ragged_batch(
+        12,
+        [1] if decode_only else [3],
+        [131072],
+        num_q_heads=4,
+        num_kv_heads=1,
+        head_dim=64,
+        block_size=128,
+        dtype="bfloat16",
+    )
+    check(batch, implementation, decode_only=decode_only)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_shared_prefix_blocks(implementation: str):
     batch = ragged_batch(
         4,
