@@ -105,7 +105,7 @@ def default_decode_config(shape: DecodeShape, num_seqs: int) -> DecodeConfig:
 
 
 def _decode_tokens(group: int, head_dim: int, wanted: int) -> int:
-    """Most query tokens of a sequence that the decode kernel takes: at head dim 256 one, because more spill registers."""
+    """Most query tokens of a sequence that the decode kernel takes; at head dim 256 more than one spill registers."""
     if head_dim == 256:
         return 1
     return max(1, min(wanted, TILE_ROWS // (-(-group // 8) * 8)))

@@ -134,5 +134,6 @@ def _check_decode(num_tokens: int, num_seqs: int, decode_only: bool, max_decode_
         raise ValueError(f"num_tokens is {num_tokens}; decode_only needs one token a sequence, {num_seqs}")
     if num_tokens > num_seqs * max_decode_tokens:
         raise ValueError(
-            f"num_tokens is {num_tokens}; decode_only takes at most {max_decode_tokens} for each of {num_seqs} sequences"
+            f"num_tokens is {num_tokens}; decode_only takes at most {max_decode_tokens} for each of {num_seqs} "
+            "sequences"
         )

@@ -50,7 +50,7 @@ def plan_tiles(
     Args:
         block_tables, table_rows, cu_q_lens, kv_lens: As for plan_attention.
         num_tokens: T, the (padded) number of tokens of the step.
-        max_q_len: Promise that no sequence has more tokens; 1 promises too that token s is sequence s. None: no promise.
+        max_q_len: Promise that no sequence has more tokens; 1 promises too that token s is sequence s. None: nothing.
     """
     num_seqs = kv_lens.shape[0]
     tile_tokens = max_q_len or _TILE_TOKENS
