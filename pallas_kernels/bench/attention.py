@@ -13,7 +13,8 @@ import numpy as np
 
 import pallas_kernels
 from pallas_kernels.bench.cases import Checked, Op, Timed, Tuned, normal, relative_error
-from pallas_kernels.ragged_paged_attention import reference
+from pallas_kernels.ragged_paged_attention import hopper, reference
+from pallas_kernels.ragged_paged_attention.plan_decode import DecodeConfig, DecodeShape, plan_decode, tiling
 
 _L2_BYTES = 64 << 20
 
@@ -70,7 +71,7 @@ PREFILL = (
 )
 
 
-def paged(implementation: str | None, shape: Shape) -> Callable:
+def paged(implementation: str | None, shape: Shape, *, decode_only: bool) -> Callable:
     """attention(q, k_cache, v_cache, block_tables, table_rows, cu_q_lens, kv_lens); the plan is part of it."""
 
     def attend(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, *metadata: jax.Array) -> jax.Array:
@@ -82,7 +83,8 @@ def paged(implementation: str | None, shape: Shape) -> Callable:
             head_dim=shape.head_dim,
             block_size=shape.block_size,
             dtype=k_cache.dtype,
-            decode_only=shape.q_len == 1,
+            decode_only=decode_only,
+            max_decode_tokens=shape.q_len if decode_only else 1,
             implementation=implementation,
         )
         return pallas_kernels.ragged_paged_attention(q, k_cache, v_cache, plan, scale=shape.head_dim**-0.5)
@@ -126,26 +128,75 @@ def dense_cudnn(shape: Shape) -> Callable | None:
     return attend
 
 
-def _timed(shapes: Sequence[Shape]) -> list[Timed]:
+def _timed(shapes: Sequence[Shape], *, decode: bool) -> list[Timed]:
     cases = []
     for shape in shapes:
-        decode = shape.flops / shape.cache_bytes < 100
-        columns = {"default": paged(None, shape)}
+        columns = {"default": paged(None, shape, decode_only=decode)}
         cudnn = dense_cudnn(shape)
         if cudnn is not None:
             columns["cudnn, dense"] = cudnn
-        cases.append(
-            Timed(
-                str(shape),
-                columns,
-                functools.partial(paged_arguments, shape),
-                read_bytes=shape.cache_bytes,
-                bytes_moved=shape.cache_bytes if decode else None,
-                flops=None if decode else shape.flops,
-                ceiling="read" if decode else "matmul",
-            )
-        )
+        cases.append(_timed_case(shape, columns, decode=decode))
     return cases
+
+
+def _timed_case(shape: Shape, columns: dict[str, Callable], *, decode: bool) -> Timed:
+    return Timed(
+        str(shape),
+        columns,
+        functools.partial(paged_arguments, shape),
+        read_bytes=shape.cache_bytes,
+        bytes_moved=shape.cache_bytes if decode else None,
+        flops=None if decode else shape.flops,
+        ceiling="read" if decode else "matmul",
+    )
+
+
+CANDIDATES = (
+    DecodeConfig(heads=8, stages=6),
+    DecodeConfig(heads=8, stages=2, streams=2),
+    DecodeConfig(heads=8, stages=3, streams=3),
+    DecodeConfig(heads=4, stages=6),
+    DecodeConfig(heads=4, columns=64, stages=12),
+    DecodeConfig(heads=4, columns=64, stages=5, streams=2),
+    DecodeConfig(heads=2, stages=6),
+    DecodeConfig(heads=2, stages=2, streams=2),
+    DecodeConfig(heads=2, stages=5, staged=128, unroll=32),
+    DecodeConfig(heads=2, columns=64, stages=10, staged=128, unroll=32),
+    DecodeConfig(heads=1, columns=64, stages=12),
+)
+
+
+def _tuned() -> list[Tuned]:
+    cases = {}
+    for shape in DECODE:  # of cases that differ in the context alone the last one, with the longest
+        static = DecodeShape(
+            shape.batch * shape.q_len, shape.heads, shape.kv_heads, shape.head_dim, shape.block_size, shape.q_len
+        )
+        exact, sizes = hopper.decode_case(static, shape.batch)
+        fitting = [config for config in CANDIDATES if _fits(config, static)]
+        candidates = [hopper.default_decode_config(static, shape.batch), *fitting]
+        timed = functools.partial(_timed_config, shape, static)
+        cases[str((exact, sizes))] = Tuned(hopper.DECODE_KERNEL, exact, sizes, candidates, timed)
+    return list(cases.values())
+
+
+def _fits(config: DecodeConfig, shape: DecodeShape) -> bool:
+    try:
+        tiling(config, shape)
+    except ValueError:
+        return False
+    return True
+
+
+def _timed_config(shape: Shape, static: DecodeShape, config: DecodeConfig) -> Timed:
+    def attend(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, *metadata: jax.Array) -> jax.Array:
+        from pallas_kernels.ragged_paged_attention.mosaic_decode import decode_attention
+
+        block_tables, table_rows, cu_q_lens, kv_lens = metadata
+        plan = plan_decode(block_tables, table_rows, cu_q_lens, kv_lens, static, config)
+        return decode_attention(q, k_cache, v_cache, plan, scale=shape.head_dim**-0.5)
+
+    return _timed_case(shape, {"config": attend}, decode=True)
 
 
 def _ragged_error(shape: Shape, seed: int, decode_only: bool, implementation: str) -> float:
@@ -166,7 +217,7 @@ def _ragged_error(shape: Shape, seed: int, decode_only: bool, implementation: st
     k_cache, v_cache = (jnp.where(written[:, None, :, None], cache, jnp.nan) for cache in (k_cache, v_cache))
     starts = np.concatenate([[0], np.cumsum(q_lens)])
     metadata = [tables, *(jnp.asarray(x, jnp.int32) for x in (rows, starts, kv_lens))]
-    attend = paged(implementation, dataclasses.replace(shape, q_len=1 if decode_only else 2))
+    attend = paged(implementation, shape, decode_only=decode_only)
     got = jax.jit(attend)(q, k_cache, v_cache, *metadata)
     wanted = jax.jit(functools.partial(reference.ragged_paged_attention, scale=shape.head_dim**-0.5))(
         q, k_cache, v_cache, *metadata
@@ -192,8 +243,8 @@ def _no_tuning() -> Sequence[Tuned]:
     return []
 
 
-DECODE_ATTENTION = Op("decode", lambda: _timed(DECODE), _no_tuning, lambda: _checked(True))
-PREFILL_ATTENTION = Op("prefill", lambda: _timed(PREFILL), _no_tuning, lambda: _checked(False))
+DECODE_ATTENTION = Op("decode", lambda: _timed(DECODE, decode=True), _tuned, lambda: _checked(True))
+PREFILL_ATTENTION = Op("prefill", lambda: _timed(PREFILL, decode=False), _no_tuning, lambda: _checked(False))
 
 
 def torch_seconds(case: Timed) -> float | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 
-from pallas_kernels.implementation import MOSAIC_GPU_INTERPRET, XLA
-from pallas_kernels.ragged_paged_attention import xla
+from pallas_kernels.ragged_paged_attention import hopper, xla
+from pallas_kernels.ragged_paged_attention.hopper import HopperPlan
 from pallas_kernels.ragged_paged_attention.plan import AttentionPlan
 from pallas_kernels.validation import check_array, check_caches
 
@@ -21,6 +22,7 @@ def ragged_paged_attention(
     scale: float,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention of a step's tokens over the paged KV cache, which already holds this step's keys and values.
 
@@ -35,6 +37,7 @@ def ragged_paged_attention(
         scale: Factor of the scores, usually the model's head_dim ** -0.5.
         sliding_window: A token at position p sees the keys in (p - sliding_window, p]; None: all of them up to p.
         soft_cap: Scores become soft_cap * tanh(score / soft_cap) before masking; None: off.
+        sinks: f32[H], a logit per query head that takes part in the softmax and has no value; None: off.
 
     Returns:
         [T, H, D] in the dtype of q; zeros for padding tokens.
@@ -45,12 +48,14 @@ def ragged_paged_attention(
     """
     check_caches(k_cache, v_cache)
     check_array("k_cache", k_cache, (None, plan.num_kv_heads, plan.block_size, plan.head_dim))
-    check_array("q", q, (plan.token_row.shape[0], plan.num_q_heads, plan.head_dim))
+    check_array("q", q, (plan.num_tokens, plan.num_q_heads, plan.head_dim))
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window is {sliding_window}; it must be at least 1, or None")
     if soft_cap is not None and soft_cap <= 0:
         raise ValueError(f"soft_cap is {soft_cap}; it must be positive, or None")
-    return _attention(q, k_cache, v_cache, plan, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap)
+    if sinks is not None:
+        check_array("sinks", sinks, (plan.num_q_heads,), jnp.float32)
+    return _attention(q, k_cache, v_cache, plan, sinks, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "sliding_window", "soft_cap"))
@@ -59,15 +64,13 @@ def _attention(
     k_cache: jax.Array,
     v_cache: jax.Array,
     plan: AttentionPlan,
+    sinks: jax.Array | None,
     *,
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
 ) -> jax.Array:
-    options = {"scale": scale, "sliding_window": sliding_window, "soft_cap": soft_cap}
-    if plan.implementation == XLA:
-        return xla.attention(q, k_cache, v_cache, plan, **options)
-    from pallas_kernels.ragged_paged_attention import mosaic_gpu
-
-    interpret = plan.implementation == MOSAIC_GPU_INTERPRET
-    return mosaic_gpu.attention(q, k_cache, v_cache, plan, interpret=interpret, **options)
+    options = {"scale": scale, "sliding_window": sliding_window, "soft_cap": soft_cap, "sinks": sinks}
+    if isinstance(plan.work, HopperPlan):
+        return hopper.attention(q, k_cache, v_cache, plan.work, **options)
+    return xla.attention(q, k_cache, v_cache, plan.work, **options)

@@ -1,126 +1,194 @@
-"""Which Hopper kernels serve a step, with which configuration: the decode kernel for sequences of one token, the
-prefill kernel for the others, and the simple kernel of mosaic_gpu for shapes that those two were not measured on.
+"""Which Hopper kernels serve a step, with which configuration: the decode kernel for sequences of few tokens, the
+prefill kernel for the others.
 
-Configurations are the best of the sweeps recorded in pallas_kernels/README.md, on an H200. `plan_attention` does not
-call this yet: the README says what has to be measured first.
+Configurations are the best of the sweeps recorded in pallas_kernels/README.md, on an H200; `tuned/` overrides those of
+the decode kernel where it has a near case.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
-from pallas_kernels.ragged_paged_attention.plan_decode import DecodeConfig, DecodePlan, DecodeShape, plan_decode, tiling
+from pallas_kernels import tuning
+from pallas_kernels.ragged_paged_attention.plan_decode import (
+    TILE_ROWS,
+    DecodeConfig,
+    DecodePlan,
+    DecodeShape,
+    plan_decode,
+    tiling,
+)
 from pallas_kernels.ragged_paged_attention.plan_prefill import PrefillPlan, plan_prefill
 
 #: block_tables, table_rows, cu_q_lens and kv_lens of plan_attention.
 Metadata = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
+DECODE_KERNEL = "decode_attention"
+"""Its name in the files of `tuned/`."""
+
 _FEW_SEQUENCES = 8
-_PREFILL_TILE_TOKENS = 128
-_PREFILL_HEAD_DIM = 128
+_INTERPRETED_CTAS = 2  # the interpreter runs a thread for each of their warpgroups
 
 
-def decode_config(shape: DecodeShape, num_seqs: int) -> DecodeConfig | None:
-    """The configuration for up to num_seqs sequences, None when the decode kernel does not serve this shape."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HopperPlan:
+    """The work of one step.
+
+    Attributes:
+        decodes: One plan for each sliding window of the model's layers.
+        prefill: Of the sequences that the decode kernel does not take; None when it takes all of them.
+        interpret: The kernels run on the CPU, static.
+    """
+
+    decodes: tuple[DecodePlan, ...]
+    prefill: PrefillPlan | None
+    interpret: bool = dataclasses.field(metadata={"static": True})
+
+
+def decode_config(shape: DecodeShape, num_seqs: int) -> DecodeConfig:
+    """The configuration for up to num_seqs sequences: of the nearest tuned case, or default_decode_config's.
+
+    Raises:
+        NotImplementedError: No configuration fits.
+    """
+    exact, sizes = decode_case(shape, num_seqs)
+    return tuning.lookup(DECODE_KERNEL, DecodeConfig, exact, sizes, lambda: default_decode_config(shape, num_seqs))
+
+
+def decode_case(shape: DecodeShape, num_seqs: int) -> tuple[dict[str, int | str | bool], dict[str, int]]:
+    """(facts, sizes) under which the files of `tuned/` know a step."""
+    exact: dict[str, int | str | bool] = {
+        "head_dim": shape.head_dim,
+        "num_kv_heads": shape.num_kv_heads,
+        "group": shape.group_size,
+        "block_size": shape.block_size,
+        "max_q_len": shape.max_q_len,
+    }
+    return exact, {"seqs": num_seqs}
+
+
+def default_decode_config(shape: DecodeShape, num_seqs: int) -> DecodeConfig:
+    """The configuration of a case that is not tuned.
+
+    Raises:
+        NotImplementedError: The query heads of one KV head are more than the rows of a tile.
+    """
     few = num_seqs <= _FEW_SEQUENCES
-    options = {
-        64: {"stages": 5, "streams": 2} if few else {"stages": 3, "streams": 3},
-        128: {"stages": 5, "staged": 128, "unroll": 32} if few else {"stages": 2, "streams": 2},
-    }.get(shape.head_dim)
-    if options is None:
-        return None
-    for heads in (2, 1) if few else (8, 4, 2, 1):
+    if shape.max_q_len > 1:
+        options = {64: {"stages": 5, "streams": 2}, 128: {"stages": 6}}[shape.head_dim]
+    else:
+        options = {
+            64: {"stages": 5, "streams": 2} if few else {"stages": 3, "streams": 3},
+            128: {"stages": 5, "staged": 128, "unroll": 32} if few else {"stages": 2, "streams": 2},
+            256: {"stages": 5, "columns": 64},
+        }[shape.head_dim]
+    best = None
+    for heads in (2, 4, 1) if few else (8, 4, 2, 1):
         config = DecodeConfig(heads=heads, **options)
         try:
-            tiling(config, shape)
+            fits = tiling(config, shape)
         except ValueError:
             continue
-        return config
-    return None
-
-
-def plan_decodes(
-    metadata: Metadata, shape: DecodeShape, sliding_windows: Sequence[int | None]
-) -> tuple[DecodePlan, ...]:
-    """One decode plan for each window; none when the decode kernel does not serve the shape.
-
-    Args:
-        metadata: block_tables, table_rows, cu_q_lens and kv_lens of plan_attention.
-        shape: The step's; its window is replaced.
-        sliding_windows: The distinct windows of the model's layers.
-    """
-    config = decode_config(shape, metadata[1].shape[0])
-    if config is None:
-        return ()
-    shapes = [
-        DecodeShape(
-            num_tokens=shape.num_tokens,
-            num_q_heads=shape.num_q_heads,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
-            block_size=shape.block_size,
-            sliding_window=window,
-        )
-        for window in sliding_windows
-    ]
-    return tuple(plan_decode(*metadata, each, config) for each in shapes)
-
-
-def plan_prefills(metadata: Metadata, shape: DecodeShape, num_tokens: int) -> PrefillPlan | None:
-    """The prefill plan of a mixed step; None when the prefill kernel does not serve the shape."""
-    if shape.head_dim != _PREFILL_HEAD_DIM:
-        return None
-    return plan_prefill(
-        *metadata, num_tokens=num_tokens, tile_tokens=_PREFILL_TILE_TOKENS, block_size=shape.block_size, min_tokens=2
+        if fits.token_rows == heads * shape.group_size:  # else q has to be padded, and the output cut
+            return config
+        best = best or config
+    if best is not None:
+        return best
+    raise NotImplementedError(
+        f"{shape.group_size} query heads share a KV head; mosaic_gpu takes at most {TILE_ROWS}: "
+        "use implementation='xla'"
     )
+
+
+def _decode_tokens(group: int, head_dim: int, wanted: int) -> int:
+    """Most query tokens of a sequence that the decode kernel takes; at head dim 256 more than one spill registers."""
+    if head_dim == 256:
+        return 1
+    return max(1, min(wanted, TILE_ROWS // (-(-group // 8) * 8)))
+
+
+def plan_hopper(
+    metadata: Metadata,
+    *,
+    num_tokens: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    decode_only: bool,
+    max_decode_tokens: int,
+    sliding_windows: Sequence[int | None],
+    interpret: bool,
+) -> HopperPlan:
+    """The plans of both kernels; the arguments are plan_attention's.
+
+    Raises:
+        NotImplementedError: The kernels cannot serve this shape.
+    """
+    decode_tokens = _decode_tokens(num_q_heads // num_kv_heads, head_dim, max_decode_tokens)
+    shape = DecodeShape(num_tokens, num_q_heads, num_kv_heads, head_dim, block_size, decode_tokens)
+    config = decode_config(shape, metadata[1].shape[0])
+    if interpret:
+        config = dataclasses.replace(config, ctas=_INTERPRETED_CTAS)
+    shapes = [dataclasses.replace(shape, sliding_window=window) for window in sliding_windows]
+    prefill = None
+    if not decode_only or decode_tokens < max_decode_tokens:
+        prefill = plan_prefill(
+            *metadata,
+            num_tokens=num_tokens,
+            tile_tokens=_prefill_config(head_dim, interpret).tile_tokens,
+            block_size=block_size,
+            min_tokens=decode_tokens + 1,
+        )
+    decodes = tuple(plan_decode(*metadata, each, config) for each in shapes)
+    return HopperPlan(decodes, prefill, interpret)
+
+
+def _prefill_config(head_dim: int, interpret: bool):
+    from pallas_kernels.ragged_paged_attention.mosaic_prefill import default_config
+
+    config = default_config(head_dim)
+    return dataclasses.replace(config, num_ctas=_INTERPRETED_CTAS) if interpret else config
 
 
 def attention(
     q: jax.Array,
     k_cache: jax.Array,
     v_cache: jax.Array,
-    decodes: tuple[DecodePlan, ...],
-    prefill: PrefillPlan | None,
+    plan: HopperPlan,
     *,
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
+    sinks: jax.Array | None,
 ) -> jax.Array:
-    """See api.ragged_paged_attention. Decode rows come first in a mixed step, so the decode kernel works on the first
-    tokens alone, as many as there may be sequences.
+    """See api.ragged_paged_attention.
 
     Raises:
         ValueError: The step was planned without this window.
+        NotImplementedError: q and the caches differ in dtype.
     """
     from pallas_kernels.ragged_paged_attention.mosaic_decode import decode_attention
-    from pallas_kernels.ragged_paged_attention.mosaic_prefill import Config, prefill_attention
+    from pallas_kernels.ragged_paged_attention.mosaic_prefill import prefill_attention
 
     if q.dtype != k_cache.dtype:
         raise NotImplementedError(
             f"q is {q.dtype.name} and the KV cache {k_cache.dtype.name}; mosaic_gpu needs one dtype, xla takes both"
         )
-    planned = {plan.shape.sliding_window: plan for plan in decodes}
+    planned = {decode.shape.sliding_window: decode for decode in plan.decodes}
     if sliding_window not in planned:
         raise ValueError(
             f"sliding_window is {sliding_window}; the step was planned for {list(planned)}: pass it to plan_attention"
         )
+    options = {"scale": scale, "soft_cap": soft_cap, "sinks": sinks, "interpret": plan.interpret}
     decode = planned[sliding_window]
-    rows = decode_attention(q[: decode.shape.num_tokens], k_cache, v_cache, decode, scale=scale, soft_cap=soft_cap)
-    if prefill is None:
-        return rows
-    output = lax.dynamic_update_slice(jnp.empty_like(q), rows, (0, 0, 0))
-    return prefill_attention(
-        q,
-        k_cache,
-        v_cache,
-        prefill,
-        output,
-        scale=scale,
-        sliding_window=sliding_window,
-        soft_cap=soft_cap,
-        config=Config(overlap=False, take_turns=False),
-    )
+    output = decode_attention(q, k_cache, v_cache, decode, zero_padding=plan.prefill is None, **options)
+    if plan.prefill is None:
+        return output
+    config = _prefill_config(q.shape[2], plan.interpret)
+    options = {**options, "sliding_window": sliding_window, "config": config}
+    return prefill_attention(q, k_cache, v_cache, plan.prefill, output, **options)

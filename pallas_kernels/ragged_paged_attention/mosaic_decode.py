@@ -39,7 +39,7 @@ def decode_attention(
     scale: float,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,
-    out: jax.Array | None = None,
+    zero_padding: bool = True,
     interpret: bool = False,
 ) -> jax.Array:
     """Attention of the sequences of a decode plan; see api.ragged_paged_attention for the arguments.
@@ -52,8 +52,8 @@ def decode_attention(
         scale: Factor of the scores.
         soft_cap: As in the API.
         sinks: f32[H] or None: logits that take part in each head's softmax without a value.
-        out: [T, H, D] to write into, in place where XLA can: rows of tokens that the plan has not stay as they are.
-            None: those rows are zeros.
+        zero_padding: Zeros for padding tokens; then the plan must have every sequence. False: what tokens get that the
+            plan has not is undefined.
         interpret: Run on the CPU with race detection.
     """
     shape, config, tiles = plan.shape, plan.config, tiling(plan.config, plan.shape)
@@ -62,7 +62,7 @@ def decode_attention(
 
     def rows(x: jax.Array) -> jax.Array:
         """[T, groups, token_rows, D] of [T, H, D]."""
-        x = x.reshape(shape.num_tokens, tiles.groups, used, head_dim)
+        x = x.reshape(-1, tiles.groups, used, head_dim)
         return jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0))) if pad else x
 
     static = Kernel(config, shape, tiles, scale, soft_cap, interpret)
@@ -72,28 +72,22 @@ def decode_attention(
         logits = jnp.pad(sinks.reshape(tiles.groups, used) * LOG2E, ((0, 0), (0, pad)))
         repeats = -(-TILE_ROWS // tiles.token_rows)
         arguments.append(jnp.tile(logits, (1, repeats))[:, :TILE_ROWS].astype(jnp.float32))
-    target = None if out is None else jax.new_ref(rows(out))
-    results = _launch(static, arguments, sinks is not None, target)
-    if target is None:
-        target = jax.new_ref(results.pop(0))
-    partial, lse = results
-    combine(plan, tiles, partial, lse, target, zero_padding=out is None, interpret=interpret)
+    out, partial, lse = _launch(static, arguments, sinks is not None)
+    target = jax.new_ref(out)
+    combine(plan, tiles, partial, lse, target, zero_padding=zero_padding, interpret=interpret)
     return jax.freeze(target)[:, :, :used].reshape(q.shape)
 
 
-def _launch(static: Kernel, arguments: list[Any], has_sinks: bool, target: jax.Ref | None) -> list[jax.Array]:
-    """Runs the kernel: [output unless there is a target, partial, lse]; see combine."""
+def _launch(static: Kernel, arguments: list[Any], has_sinks: bool) -> list[jax.Array]:
+    """Runs the kernel: [output, partial, lse]; see combine."""
     config, shape, tiles = static.config, static.shape, static.tiles
     q = arguments[3]
     pieces = 2 * config.num_streams
     outputs = [
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
         jax.ShapeDtypeStruct((pieces, shape.max_q_len * tiles.token_rows, shape.head_dim), jnp.float32),
         jax.ShapeDtypeStruct((pieces, TILE_ROWS), jnp.float32),
     ]
-    if target is None:
-        outputs.insert(0, jax.ShapeDtypeStruct(q.shape, q.dtype))
-    else:
-        arguments = [*arguments, target]
     swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
     slots, ring = config.streams * config.stages, (config.columns, shape.head_dim)
     scratch = {

@@ -52,8 +52,8 @@ def combine(
     launch = plgpu.kernel(
         functools.partial(_kernel, plan.config.unroll, tiles, warpgroups, zero_padding),
         out_type=(),
-        grid=(tiles.groups, chunks, plan.shape.num_tokens),
-        grid_names=("group", "chunk", "token"),
+        grid=(tiles.groups, chunks, plan.pieces.shape[0]),
+        grid_names=("group", "chunk", "place"),
         num_threads=warpgroups,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(
@@ -66,9 +66,9 @@ def combine(
 
 
 def _kernel(unroll: int, tiles: Tiling, warpgroups: int, zero_padding: bool, pieces, partial, lse, out) -> None:
-    token, group = lax.axis_index("token"), lax.axis_index("group")
+    place, group = lax.axis_index("place"), lax.axis_index("group")
     row = (lax.axis_index("chunk") * warpgroups + lax.axis_index("wg")) * _ROWS
-    first, count, item_row = (pieces[token, group, column] for column in Piece)
+    first, count, item_row, token = (pieces[place, group, column] for column in Piece)
     target = out.at[token, group, pl.ds(row, _ROWS)]
     inside = row < tiles.token_rows
 

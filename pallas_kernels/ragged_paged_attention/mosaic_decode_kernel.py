@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.ragged_paged_attention.mosaic_decode_tile import Item, Kernel, start, tile_step
 from pallas_kernels.ragged_paged_attention.plan_decode import Seq, Stream
 
-_REGISTERS = {2: (232, 40), 3: (160, 32)}  # of a thread that computes and one that loads, by streams; 1: no limit
+_REGISTERS = {2: (232, 48), 3: (160, 32)}  # of a thread that computes and one that loads, by streams; 1: no limit
 
 
 def kernel(

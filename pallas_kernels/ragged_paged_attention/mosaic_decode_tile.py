@@ -148,7 +148,8 @@ def _mask(static: Kernel, item: Item, first_key: Any, scores: jax.Array, *, mask
     key = eighth // tiles.box_rows * tiles.cell + lax.rem(eighth, tiles.cell)
     last = item.kv_len - item.q_len - first_key - lax.rem(column, 8)
     if static.shape.max_q_len > 1:
-        last = last + row // tiles.token_rows
+        of_row = plgpu.broadcasted_iota(jnp.int32, (TILE_ROWS,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
+        last = last + lax.broadcast_in_dim(of_row // tiles.token_rows, scores.shape, [0])
     scores = jnp.where(key <= last, scores, _MASKED)
     if static.shape.sliding_window is not None:
         scores = jnp.where(key > last - static.shape.sliding_window, scores, _MASKED)
@@ -163,15 +164,17 @@ def _zero_unused_values(static: Kernel, item: Item, v_smem: Any, first_key: Any)
 
     @pl.when((first_key + tiles.tile_keys > item.kv_len) | (first_key < begin))
     def _():
-        side = _ZERO_SIDE
-        iota = plgpu.broadcasted_iota(jnp.int32, (side, side), 0, layout=plgpu.Layout.WGMMA)
-        for start in range(0, static.config.columns, side):
-            row = start + iota
+        side, parts = _ZERO_SIDE, static.shape.head_dim // _ZERO_SIDE
+
+        def one_part(index: Any, _: Any) -> None:
+            start, column = lax.div(index, jnp.int32(parts)) * side, lax.rem(index, jnp.int32(parts)) * side
+            row = start + plgpu.broadcasted_iota(jnp.int32, (side, side), 0, layout=plgpu.Layout.WGMMA)
             key = first_key + row // tiles.box_rows * tiles.cell + lax.rem(row, tiles.cell)
-            for column in range(0, static.shape.head_dim, side):
-                part = v_smem.at[pl.ds(start, side), pl.ds(column, side)]
-                values = load(part, plgpu.Layout.WGMMA)
-                part[...] = jnp.where((key >= begin) & (key < item.kv_len), values, jnp.zeros_like(values))
+            part = v_smem.at[pl.ds(start, side), pl.ds(column, side)]
+            values = load(part, plgpu.Layout.WGMMA)
+            part[...] = jnp.where((key >= begin) & (key < item.kv_len), values, jnp.zeros_like(values))
+
+        lax.fori_loop(0, static.config.columns // side * parts, one_part, None)
         plgpu.commit_smem()
 
 

@@ -33,7 +33,6 @@ class Config:
         registers: Registers per thread of a compute warpgroup and of the producer, multiples of 8.
         overlap: Softmax while the products of the same warpgroup run; needs the registers of both.
         take_turns: Warpgroups issue their products in turns.
-        stmatrix: Stage the output by the kernel's own code.
         num_ctas: CTAs of the persistent grid.
     """
 
@@ -44,7 +43,6 @@ class Config:
     registers: tuple[int, int] = (232, 40)
     overlap: bool = True
     take_turns: bool = True
-    stmatrix: bool = True
     num_ctas: int = 132
 
     @property

@@ -26,7 +26,7 @@ def store_rows(cta: Cta, warpgroup: Any, item: Item, result: jax.Array) -> None:
         width = min(OUTPUT_COLUMNS, cta.problem.head_dim - column)
         part = result[:, column : column + width].astype(staged.dtype)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        if cta.problem.interpret or not cta.config.stmatrix:
+        if cta.problem.interpret:
             staged[...] = part
         else:
             inline.stage_rows(part, staged, OUTPUT_TRANSFORMS)

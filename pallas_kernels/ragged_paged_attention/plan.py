@@ -1,63 +1,43 @@
-"""The work of one step's attention, cut into query tiles on the device; built once a step, used by every layer."""
+"""The work of one step's attention, cut up on the device; built once a step, used by every layer."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.implementation import (
+    MOSAIC_GPU_INTERPRET,
     check_mosaic_cache,
     checked_implementation,
     default_implementation,
     is_mosaic,
 )
+from pallas_kernels.ragged_paged_attention.hopper import HopperPlan, plan_hopper
+from pallas_kernels.ragged_paged_attention.tiles import TilePlan, plan_tiles
 from pallas_kernels.validation import Array, check_array, check_block_size
-
-MOSAIC_TILE_ROWS = 64
-"""Rows (query tokens x query heads of one KV head) that a Mosaic GPU tile holds: the M of one wgmma."""
-
-_XLA_TILE_TOKENS = 16
-_NUM_SMS = 132
-_CTAS_PER_SM = 2
-_MAX_SPLITS = 64
-_SPLIT_KEYS = 64
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AttentionPlan:
-    """Query tiles of one step. A tile is up to `tile_tokens` consecutive tokens of one sequence.
+    """What the layers of one step share.
 
     Attributes:
-        block_tables: i32[N, B], as passed to plan_attention.
-        tile_table_row: i32[NT], row of block_tables that belongs to the tile's sequence.
-        tile_start: i32[NT], index of the tile's first token in the step.
-        tile_len: i32[NT], number of tokens, 0 for an unused tile.
-        tile_pos: i32[NT], position (in its sequence) of the tile's first token.
-        token_row: i32[T], tile * tile_tokens + offset in that tile, -1 for padding tokens.
-        block_size, num_q_heads, num_kv_heads, head_dim: of the model and its cache, static.
-        tile_tokens: Tokens per tile, static.
-        num_splits: How many CTAs share one tile's keys (Mosaic decode), static.
-        decode_only: Tile, token and sequence index are the same thing, static.
+        work: The step's work as the implementation cuts it.
+        num_tokens, num_q_heads, num_kv_heads, head_dim, block_size: Of the step, the model and its cache, static.
         implementation: Which implementation the plan is for, static.
     """
 
-    block_tables: jax.Array
-    tile_table_row: jax.Array
-    tile_start: jax.Array
-    tile_len: jax.Array
-    tile_pos: jax.Array
-    token_row: jax.Array
-    block_size: int = dataclasses.field(metadata={"static": True})
+    work: TilePlan | HopperPlan
+    num_tokens: int = dataclasses.field(metadata={"static": True})
     num_q_heads: int = dataclasses.field(metadata={"static": True})
     num_kv_heads: int = dataclasses.field(metadata={"static": True})
     head_dim: int = dataclasses.field(metadata={"static": True})
-    tile_tokens: int = dataclasses.field(metadata={"static": True})
-    num_splits: int = dataclasses.field(metadata={"static": True})
-    decode_only: bool = dataclasses.field(metadata={"static": True})
+    block_size: int = dataclasses.field(metadata={"static": True})
     implementation: str = dataclasses.field(metadata={"static": True})
 
 
@@ -74,9 +54,11 @@ def plan_attention(
     block_size: int,
     dtype: DTypeLike,
     decode_only: bool,
+    max_decode_tokens: int = 1,
+    sliding_windows: Sequence[int | None] = (None,),
     implementation: str | None = None,
 ) -> AttentionPlan:
-    """Cuts a step into query tiles, on the device.
+    """Cuts a step's attention into pieces of work, on the device.
 
     Sequence s owns the tokens cu_q_lens[s] to cu_q_lens[s+1]; its last token has position kv_lens[s] - 1, so kv_lens
     includes this step's tokens. Padding sequences come last and have no tokens and kv_len 0. Tokens from cu_q_lens[S]
@@ -93,7 +75,11 @@ def plan_attention(
         head_dim: Last axis of the KV cache (after padded_head_dim).
         block_size: Tokens per block: 16, 32, 64 or 128.
         dtype: Dtype of the KV cache.
-        decode_only: Promise that T == S and token s is the only token of sequence s, or padding.
+        decode_only: Promise that no sequence has more than max_decode_tokens tokens, and T <= S * max_decode_tokens.
+            With max_decode_tokens 1: that T == S and token s is the only token of sequence s, or padding.
+        max_decode_tokens: Sequences of at most this many tokens count as decodes (more than 1: speculative
+            verification).
+        sliding_windows: The distinct sliding_window values of the layers that will use the plan.
         implementation: One of IMPLEMENTATIONS; None takes default_implementation(dtype, head_dim).
 
     Raises:
@@ -109,83 +95,45 @@ def plan_attention(
     check_block_size(block_size)
     if num_kv_heads < 1 or num_q_heads % num_kv_heads:
         raise ValueError(f"num_q_heads is {num_q_heads}; it must be a multiple of num_kv_heads, {num_kv_heads}")
-    if decode_only and num_tokens != num_seqs:
-        raise ValueError(f"num_tokens is {num_tokens}; decode_only needs one token a sequence, {num_seqs}")
+    _check_decode(num_tokens, num_seqs, decode_only, max_decode_tokens)
+    metadata = (block_tables, table_rows, cu_q_lens, kv_lens)
     chosen = checked_implementation(implementation or default_implementation(dtype, head_dim))
-    group = num_q_heads // num_kv_heads
     if is_mosaic(chosen):
-        _check_mosaic(dtype, head_dim, group)
-    tile_tokens = _tile_tokens(chosen, decode_only, group)
-    max_keys = block_tables.shape[1] * block_size
-    tiles = _tiles(cu_q_lens, kv_lens, num_tokens, tile_tokens)
+        check_mosaic_cache(dtype, head_dim)
+        work = plan_hopper(
+            metadata,
+            num_tokens=num_tokens,
+            num_q_heads=num_q_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            block_size=block_size,
+            decode_only=decode_only,
+            max_decode_tokens=max_decode_tokens,
+            sliding_windows=sliding_windows,
+            interpret=chosen == MOSAIC_GPU_INTERPRET,
+        )
+    else:
+        work = plan_tiles(*metadata, num_tokens=num_tokens, max_q_len=max_decode_tokens if decode_only else None)
     return AttentionPlan(
-        block_tables=block_tables,
-        tile_table_row=table_rows[tiles["seq"]],
-        tile_start=tiles["start"],
-        tile_len=tiles["len"],
-        tile_pos=tiles["pos"],
-        token_row=tiles["token_row"],
-        block_size=block_size,
+        work=work,
+        num_tokens=num_tokens,
         num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        tile_tokens=tile_tokens,
-        num_splits=_num_splits(chosen, decode_only, num_seqs * num_kv_heads, max_keys),
-        decode_only=decode_only,
+        block_size=block_size,
         implementation=chosen,
     )
 
 
-def _check_mosaic(dtype: DTypeLike, head_dim: int, group: int) -> None:
-    check_mosaic_cache(dtype, head_dim)
-    if group > MOSAIC_TILE_ROWS:
-        raise NotImplementedError(
-            f"{group} query heads share a KV head; mosaic_gpu takes at most {MOSAIC_TILE_ROWS}: "
-            "use implementation='xla'"
+def _check_decode(num_tokens: int, num_seqs: int, decode_only: bool, max_decode_tokens: int) -> None:
+    if max_decode_tokens < 1:
+        raise ValueError(f"max_decode_tokens is {max_decode_tokens}; it must be at least 1")
+    if not decode_only:
+        return
+    if max_decode_tokens == 1 and num_tokens != num_seqs:
+        raise ValueError(f"num_tokens is {num_tokens}; decode_only needs one token a sequence, {num_seqs}")
+    if num_tokens > num_seqs * max_decode_tokens:
+        raise ValueError(
+            f"num_tokens is {num_tokens}; decode_only takes at most {max_decode_tokens} for each of {num_seqs} "
+            "sequences"
         )
-
-
-def _tile_tokens(implementation: str, decode_only: bool, group: int) -> int:
-    if decode_only:
-        return 1
-    return MOSAIC_TILE_ROWS // group if is_mosaic(implementation) else _XLA_TILE_TOKENS
-
-
-def _num_splits(implementation: str, decode_only: bool, items: int, max_keys: int) -> int:
-    """Splits of a decode tile: enough CTAs for two on each SM, and at least one step of keys for each split."""
-    if not (is_mosaic(implementation) and decode_only):
-        return 1
-    wanted = -(-_CTAS_PER_SM * _NUM_SMS // items)
-    return max(1, min(wanted, _MAX_SPLITS, -(-max_keys // _SPLIT_KEYS)))
-
-
-def _tiles(cu_q_lens: jax.Array, kv_lens: jax.Array, num_tokens: int, tile_tokens: int) -> dict[str, jax.Array]:
-    """Tile arrays by comparison against prefix sums: no sort and no loop, so it stays inside a CUDA graph."""
-    num_seqs = kv_lens.shape[0]
-    q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
-    seq_tiles = (q_lens + (tile_tokens - 1)) // tile_tokens
-    tile_ends = jnp.cumsum(seq_tiles, dtype=jnp.int32)
-    tile_begins = tile_ends - seq_tiles
-
-    num_tiles = min(num_tokens, num_tokens // tile_tokens + num_seqs)
-    tile = jnp.arange(num_tiles, dtype=jnp.int32)
-    seq = _owner(tile, tile_ends)
-    first = (tile - tile_begins[seq]) * tile_tokens
-    length = jnp.where(tile < tile_ends[-1], jnp.clip(q_lens[seq] - first, 0, tile_tokens), 0)
-
-    token = jnp.arange(num_tokens, dtype=jnp.int32)
-    token_seq = _owner(token, cu_q_lens[1:])
-    token_row = tile_begins[token_seq] * tile_tokens + token - cu_q_lens[token_seq]
-    return {
-        "seq": seq,
-        "start": jnp.where(length > 0, cu_q_lens[seq] + first, 0),
-        "len": length,
-        "pos": jnp.where(length > 0, kv_lens[seq] - q_lens[seq] + first, 0),
-        "token_row": jnp.where(token < cu_q_lens[-1], token_row, -1),
-    }
-
-
-def _owner(index: jax.Array, ends: jax.Array) -> jax.Array:
-    """For each index the segment that holds it, given the segments' ends; the last segment when there is none."""
-    owner = jnp.sum(index[:, None] >= ends[None, :], axis=1, dtype=jnp.int32)
-    return jnp.minimum(owner, jnp.int32(ends.shape[0] - 1))

@@ -41,11 +41,13 @@ class Stream(enum.IntEnum):
 
 
 class Piece(enum.IntEnum):
-    """Columns of DecodePlan.pieces: first stream of an item, its streams (-1: no item), the token's first row in it."""
+    """Columns of DecodePlan.pieces: first stream of an item, its streams (-1: padding token, 0: nothing), the token's
+    first row in it, the token."""
 
     STREAM = 0
     COUNT = 1
     ROW = 2
+    TOKEN = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +161,8 @@ class DecodePlan:
         block_tables: i32[N, B], as passed to plan_decode.
         streams: i32[num_streams, 16], columns Stream.
         seqs: i32[S, 8], columns Seq.
-        pieces: i32[T, groups, 4], columns Piece: the item that a token is in.
+        pieces: i32[S * max_q_len, groups, 4], columns Piece: the item that a token is in. The i-th token of sequence s
+            is at s * max_q_len + i; places that no token takes have padding tokens, as long as there are any.
         config, shape: static.
     """
 
@@ -197,19 +200,11 @@ def plan_decode(
     begins = ends - seq_tiles * tiles_of.groups
     seqs = _columns([seq_tiles, first_cell, kv_lens, cu_q_lens[:-1], q_lens, table_rows], 8)
     cut = _Cut(ends[-1], config)
-    owner = _owner(cu_q_lens, serves, shape.num_tokens)
-    first, count = _pieces(cut, seq_tiles, begins, tiles_of.groups)
-    row = (jnp.arange(shape.num_tokens, dtype=jnp.int32) - cu_q_lens[owner]) * tiles_of.token_rows
-    columns = [
-        first[owner],
-        jnp.where(owner[:, None] < 0, -1, count[owner]),
-        jnp.broadcast_to(row[:, None], count[owner].shape),
-    ]
     return DecodePlan(
         block_tables=block_tables,
         streams=_streams(cut, seqs, begins, ends, tiles_of.groups),
         seqs=seqs,
-        pieces=_columns(columns, 4),
+        pieces=_pieces(cut, cu_q_lens, serves, seq_tiles, begins, tiles_of, shape),
         config=config,
         shape=shape,
     )
@@ -259,17 +254,29 @@ def _streams(cut: _Cut, seqs: jax.Array, begins: jax.Array, ends: jax.Array, gro
     return _columns([seq, group, tile, end - begin, items, *jnp.moveaxis(seqs[seq, : len(Seq)], 1, 0)], 16)
 
 
-def _pieces(cut: _Cut, seq_tiles: jax.Array, begins: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
-    """First stream and number of streams i32[S, groups] of each item."""
-    begin = begins[:, None] + seq_tiles[:, None] * jnp.arange(groups, dtype=jnp.int32)
+def _pieces(
+    cut: _Cut,
+    cu_q_lens: jax.Array,
+    serves: jax.Array,
+    seq_tiles: jax.Array,
+    begins: jax.Array,
+    tiles: Tiling,
+    shape: DecodeShape,
+) -> jax.Array:
+    begin = begins[:, None] + seq_tiles[:, None] * jnp.arange(tiles.groups, dtype=jnp.int32)
     first = cut.stream(begin)
     count = cut.stream(begin + seq_tiles[:, None] - 1) - first + 1
-    return first, jnp.where(seq_tiles[:, None] > 0, count, 0)
 
+    index = jnp.arange(shape.max_q_len, dtype=jnp.int32)
+    used = serves[:, None] & (index < (cu_q_lens[1:] - cu_q_lens[:-1])[:, None])
+    place = jnp.arange(used.size, dtype=jnp.int32).reshape(used.shape)
+    padding = place - cu_q_lens[1:, None] + cu_q_lens[-1]  # the places not taken, where every sequence is served
+    token = jnp.where(used, cu_q_lens[:-1, None] + index, jnp.minimum(padding, shape.num_tokens - 1))
+    unused = jnp.where(padding < shape.num_tokens, -1, 0)
 
-def _owner(cu_q_lens: jax.Array, serves: jax.Array, num_tokens: int) -> jax.Array:
-    """i32[T], the sequence of each token, -1 for none."""
-    token = jnp.arange(num_tokens, dtype=jnp.int32)[:, None]
-    inside = (token >= cu_q_lens[None, :-1]) & (token < cu_q_lens[None, 1:]) & serves[None, :]
-    seq = jnp.arange(serves.shape[0], dtype=jnp.int32)[None, :]
-    return jnp.max(jnp.where(inside, seq, -1), axis=1)
+    def by_place(x: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(x, (*used.shape, tiles.groups)).reshape(-1, tiles.groups)
+
+    counts = jnp.where(used[..., None], count[:, None], unused[..., None])
+    rows = (index * tiles.token_rows)[:, None]
+    return jnp.stack([by_place(x) for x in (first[:, None], counts, rows, token[..., None])], axis=-1)

@@ -20,6 +20,7 @@ def ragged_paged_attention(
     scale: float,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """f32[T, H, D] from q [T, H, D], caches [num_blocks, KVH, block_size, D] and the arguments of plan_attention."""
     block_tables, table_rows, cu_q_lens, kv_lens = map(jnp.asarray, (block_tables, table_rows, cu_q_lens, kv_lens))
@@ -43,7 +44,9 @@ def ragged_paged_attention(
         if soft_cap is not None:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
         scores = jnp.where(visible, scores, -jnp.inf)
-        weights = jnp.where(visible.any(), jax.nn.softmax(scores, axis=-1), 0.0)
+        if sinks is not None:  # one more key, whose value is zero
+            scores = jnp.concatenate([scores, sinks.reshape(num_kv_heads, group, 1)], axis=-1)
+        weights = jnp.where(visible.any(), jax.nn.softmax(scores, axis=-1), 0.0)[..., : visible.size]
         values = jnp.where(visible[:, None], keys_or_values(v_cache, table_rows[seq]), 0.0)
         return jnp.einsum("kgc,kcd->kgd", weights, values, precision="highest").reshape(num_q_heads, head_dim)
 

@@ -19,6 +19,7 @@ MODELS = {
     "llama2_7b": AttentionShape(32, 32, 128),
     "llama3_1b": AttentionShape(32, 8, 64),
     "qwen2_7b": AttentionShape(28, 4, 128),
+    "qwen2_7b_tp4": AttentionShape(7, 1, 128),
     "qwen3_8b": AttentionShape(32, 8, 128),
     "gemma2_9b": AttentionShape(16, 8, 256),
 }

@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.ragged_paged_attention.plan import AttentionPlan
-from pallas_kernels.ragged_paged_attention.tiles import query_tiles, tokens
+from pallas_kernels.ragged_paged_attention.tiles import TilePlan, query_tiles, tokens
 
 _CHUNK_KEYS = 64
 _MASKED = -1e30
@@ -31,31 +30,32 @@ def attention(
     q: jax.Array,
     k_cache: jax.Array,
     v_cache: jax.Array,
-    plan: AttentionPlan,
+    plan: TilePlan,
     *,
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
+    sinks: jax.Array | None,
 ) -> jax.Array:
     """See api.ragged_paged_attention."""
-    tile_tokens, num_kv_heads = plan.tile_tokens, plan.num_kv_heads
-    group = plan.num_q_heads // num_kv_heads
-    queries = query_tiles(q, plan).astype(jnp.float32) * jnp.float32(scale)
+    _, num_kv_heads, block_size, head_dim = k_cache.shape
+    group = q.shape[1] // num_kv_heads
+    queries = query_tiles(q, plan, num_kv_heads).astype(jnp.float32) * jnp.float32(scale)
 
-    blocks_per_chunk = max(1, _CHUNK_KEYS // plan.block_size)
-    chunk_keys = blocks_per_chunk * plan.block_size
-    tables = plan.block_tables[plan.tile_table_row]
-    tile_end = plan.tile_pos + plan.tile_len
-    tile_begin = jnp.zeros_like(plan.tile_pos)
+    blocks_per_chunk = max(1, _CHUNK_KEYS // block_size)
+    chunk_keys = blocks_per_chunk * block_size
+    tables = plan.block_tables[plan.table_row]
+    tile_end = plan.position + plan.length
+    tile_begin = jnp.zeros_like(plan.position)
     if sliding_window is not None:
-        tile_begin = jnp.maximum(plan.tile_pos - (sliding_window - 1), 0)
-    row_pos = plan.tile_pos[:, None] + jnp.arange(tile_tokens, dtype=jnp.int32)
+        tile_begin = jnp.maximum(plan.position - (sliding_window - 1), 0)
+    row_pos = plan.position[:, None] + jnp.arange(plan.tile_tokens, dtype=jnp.int32)
     row_pos = jnp.repeat(row_pos, group, axis=1)[:, None, :, None]
 
     def gather(cache: jax.Array, ids: jax.Array) -> jax.Array:
         """[NT, KVH, chunk_keys, D] in float32."""
         blocks = jnp.swapaxes(cache[ids], 1, 2)
-        return blocks.reshape(ids.shape[0], num_kv_heads, chunk_keys, plan.head_dim).astype(jnp.float32)
+        return blocks.reshape(ids.shape[0], num_kv_heads, chunk_keys, head_dim).astype(jnp.float32)
 
     def step(chunk: jax.Array, state: _Softmax) -> _Softmax:
         column = chunk * blocks_per_chunk + jnp.arange(blocks_per_chunk, dtype=jnp.int32)
@@ -79,9 +79,13 @@ def attention(
         return _Softmax(maximum, total, state.output * correction + update)
 
     rows = (*queries.shape[:3], 1)
-    state = _Softmax(jnp.full(rows, _MASKED, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.zeros_like(queries))
+    maximum, total = jnp.full(rows, _MASKED, jnp.float32), jnp.zeros(rows, jnp.float32)
+    if sinks is not None:
+        of_row = jnp.tile(sinks.reshape(num_kv_heads, group), (1, plan.tile_tokens))[..., None]
+        maximum, total = jnp.broadcast_to(of_row, rows), jnp.ones(rows, jnp.float32)
+    state = _Softmax(maximum, total, jnp.zeros_like(queries))
     last_chunk = (jnp.max(tile_end) + (chunk_keys - 1)) // chunk_keys
-    unused = jnp.where(plan.tile_len > 0, tile_begin, jnp.max(tile_end))
+    unused = jnp.where(plan.length > 0, tile_begin, jnp.max(tile_end))
     state = lax.fori_loop(jnp.min(unused) // chunk_keys, last_chunk, step, state)
     output = jnp.where(state.total > 0, state.output / jnp.where(state.total > 0, state.total, 1.0), 0.0)
     return tokens(output, plan).astype(q.dtype)

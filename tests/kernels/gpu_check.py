@@ -82,8 +82,7 @@ def attention(heads, kv_heads, head_dim, block_size, q_len, contexts) -> None:
     print(
         f"attention {heads}/{kv_heads}x{head_dim} block {block_size}, {num_seqs} x {q_len} tokens, "
         f"context {contexts[0]}: {seconds * 1e6:.1f} us, {cache_bytes / seconds / 1e12:.2f} TB/s of cache, "
-        f"{flops / seconds / 1e12:.0f} TFLOP/s, "
-        f"{plan.implementation}, {plan.num_splits} splits",
+        f"{flops / seconds / 1e12:.0f} TFLOP/s, {plan.implementation}",
         flush=True,
     )
 

@@ -36,7 +36,6 @@ ITERATIONS = 15
 
 CONFIGS = {
     "base": Config(),
-    "no_stmatrix": Config(stmatrix=False),
     "no_turns": Config(take_turns=False),
     "no_overlap": Config(overlap=False),
     "no_overlap_no_turns": Config(overlap=False, take_turns=False),

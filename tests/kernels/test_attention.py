@@ -19,7 +19,9 @@ from tests.kernels.cases import IMPLEMENTATIONS, RaggedBatch, assert_no_races, o
 TOLERANCE = {"float32": 2e-6, "float16": 1.5e-3, "bfloat16": 6e-3}
 
 
-def run(batch: RaggedBatch, implementation: str, *, decode_only: bool = False, **options) -> np.ndarray:
+def run(
+    batch: RaggedBatch, implementation: str, *, decode_only: bool = False, max_decode_tokens: int = 1, **options
+) -> np.ndarray:
     num_tokens, num_q_heads, head_dim = batch.q.shape
     plan = pallas_kernels.plan_attention(
         *batch.metadata,
@@ -30,6 +32,8 @@ def run(batch: RaggedBatch, implementation: str, *, decode_only: bool = False, *
         block_size=batch.k_cache.shape[2],
         dtype=batch.k_cache.dtype,
         decode_only=decode_only,
+        max_decode_tokens=max_decode_tokens,
+        sliding_windows=(options.get("sliding_window"),),
         implementation=implementation,
     )
     options = {"scale": head_dim**-0.5, **options}
@@ -41,8 +45,10 @@ def run(batch: RaggedBatch, implementation: str, *, decode_only: bool = False, *
     return output
 
 
-def check(batch: RaggedBatch, implementation: str, *, decode_only: bool = False, **options) -> None:
-    got = run(batch, implementation, decode_only=decode_only, **options)
+def check(
+    batch: RaggedBatch, implementation: str, *, decode_only: bool = False, max_decode_tokens: int = 1, **options
+) -> None:
+    got = run(batch, implementation, decode_only=decode_only, max_decode_tokens=max_decode_tokens, **options)
     options = {"scale": batch.q.shape[-1] ** -0.5, **options}
     wanted = np.asarray(
         reference.ragged_paged_attention(batch.q, batch.k_cache, batch.v_cache, *batch.metadata, **options)
@@ -118,6 +124,69 @@ def test_options(implementation: str, decode_only: bool, options: dict):
         dtype=dtype_for(implementation),
     )
     check(batch, implementation, decode_only=decode_only, **options)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("decode_only", [False, True])
+def test_few_tokens_and_sinks(implementation: str, decode_only: bool):
+    """Speculative verification: sequences of up to three tokens are decodes, wherever they stand in the step."""
+    batch = ragged_batch(
+        11,
+        [2, 3, 1] if decode_only else [2, 30, 3],
+        [40, 130, 1] if decode_only else [40, 30, 130],
+        num_q_heads=6,
+        num_kv_heads=2,
+        head_dim=64,
+        block_size=16,
+        dtype=dtype_for(implementation),
+        padding_seqs=1,
+        padding_tokens=3,
+    )
+    sinks = jnp.linspace(-2.0, 6.0, 6, dtype=jnp.float32)
+    check(batch, implementation, decode_only=decode_only, max_decode_tokens=3, sinks=sinks, sliding_window=100)
+
+
+@pytest.mark.parametrize("implementation", [IMPLEMENTATIONS[0], IMPLEMENTATIONS[2]])
+@pytest.mark.parametrize("seed", range(6))
+def test_random_batches(implementation: str, seed: int):
+    rng = np.random.default_rng(seed)
+    block_size = int(rng.choice([16, 32, 64, 128]))
+    group, num_kv_heads = int(rng.choice([1, 3, 4, 7, 8])), int(rng.choice([1, 2, 4]))
+    edges = [1, 2, block_size - 1, block_size, block_size + 1, 127, 128, 129, 300]
+    q_lens = rng.choice([1, 1, 1, 2, 5, 64, 129], int(rng.integers(1, 9)))
+    kv_lens = q_lens + rng.choice([0, *edges], q_lens.shape)
+    batch = ragged_batch(
+        seed,
+        q_lens.tolist(),
+        kv_lens.tolist(),
+        num_q_heads=group * num_kv_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=int(rng.choice([64, 128, 256])),
+        block_size=block_size,
+        dtype="float16",
+        padding_seqs=int(rng.integers(0, 3)),
+        padding_tokens=int(rng.integers(0, 20)),
+        shared_blocks=int(rng.integers(0, 3)),
+    )
+    options = {"sliding_window": int(rng.integers(1, 200))} if seed % 2 else {}
+    sinks = jnp.asarray(rng.normal(size=group * num_kv_heads), jnp.float32) if seed % 3 else None
+    check(batch, implementation, max_decode_tokens=int(rng.integers(1, 6)), sinks=sinks, **options)
+
+
+@pytest.mark.parametrize("implementation", [IMPLEMENTATIONS[0], IMPLEMENTATIONS[2]])
+@pytest.mark.parametrize("decode_only", [False, True])
+def test_long_context(implementation: str, decode_only: bool):
+    batch = ragged_batch(
+        12,
+        [1] if decode_only else [3],
+        [131072],
+        num_q_heads=4,
+        num_kv_heads=1,
+        head_dim=64,
+        block_size=128,
+        dtype="bfloat16",
+    )
+    check(batch, implementation, decode_only=decode_only)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

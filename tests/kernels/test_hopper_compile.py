@@ -32,20 +32,36 @@ pytestmark = [
     pytest.mark.skipif(plugin_missing(), reason="needs the wheels jax-cuda13-plugin and jax-cuda13-pjrt (no GPU)"),
 ]
 
-# (model, block_size, num_tokens, num_seqs); decode where num_tokens == num_seqs, with split keys for few sequences
-ATTENTION = [
-    ("llama3_8b", 16, 64, 64),
-    ("llama3_8b", 16, 1, 1),
-    ("llama3_8b", 16, 2048, 64),
-    ("llama2_7b", 128, 64, 64),
-    ("llama2_7b", 64, 2048, 64),
-    ("qwen2_7b", 32, 2048, 64),
-    ("llama3_1b", 16, 2048, 64),
-    ("llama3_1b", 16, 2, 2),
-    ("gemma2_9b", 16, 2048, 64),
-    ("gemma2_9b", 16, 1, 1),
-    ("gemma2_9b", 16, 64, 64),
-]
+ALL = {"sliding_window": 1024, "soft_cap": 30.0, "sinks": True}
+# (model, block_size, num_tokens, num_seqs, max_decode_tokens, options); decodes only where they can be all tokens
+ATTENTION = {
+    "64": [
+        ("llama3_1b", 16, 64, 64, 1, {}),
+        ("llama3_1b", 16, 2048, 64, 1, ALL),
+        ("llama3_1b", 32, 2, 2, 1, ALL),
+        ("llama3_1b", 16, 320, 64, 5, ALL),
+    ],
+    "128": [
+        ("llama3_8b", 16, 64, 64, 1, ALL),
+        ("llama3_8b", 16, 1, 1, 1, {}),
+        ("llama3_8b", 16, 2048, 64, 1, {}),
+        ("llama3_8b", 16, 320, 64, 5, ALL),
+        ("llama2_7b", 128, 64, 64, 1, {}),
+    ],
+    "128_other_groups": [
+        ("llama3_8b", 64, 2048, 4, 1, ALL),
+        ("llama3_70b_tp8", 16, 64, 64, 1, ALL),
+        ("qwen2_7b", 32, 2048, 64, 1, {}),
+        ("qwen2_7b_tp4", 16, 64, 64, 1, {}),
+    ],
+    "256": [
+        ("gemma2_9b", 16, 64, 64, 1, ALL),
+        ("gemma2_9b", 16, 1, 1, 1, {}),
+        ("gemma2_9b", 16, 2048, 64, 1, {}),
+        ("gemma2_9b", 16, 320, 64, 5, ALL),
+        ("gemma2_9b", 64, 2048, 64, 1, ALL),
+    ],
+}
 NUM_BLOCKS = 20011
 
 # Runs in a process of its own: ptxas writes its report to the stderr of the process, and the device description must
@@ -68,18 +84,25 @@ def compile(function, *arguments, donate=()):
     text = compiled.as_text()
     print("WHILE", " while(" in text, "SORT", " sort(" in text, "TEMP", compiled.memory_analysis().temp_size_in_bytes)
     return text
-def attention(heads, kv_heads, head_dim, block_size, num_tokens, num_seqs, options):
+def attention(heads, kv_heads, head_dim, block_size, num_tokens, num_seqs, max_decode_tokens, options):
+    options, decode_only = dict(options), num_tokens <= num_seqs * max_decode_tokens
+    with_sinks = options.pop("sinks", False)
     cache = spec((NUM_BLOCKS, kv_heads, block_size, head_dim), jnp.bfloat16)
-    def function(q, k_cache, v_cache, *metadata):
+    kernels = []
+    def function(q, k_cache, v_cache, sinks, *metadata):
         plan = pallas_kernels.plan_attention(
             *metadata, num_tokens=num_tokens, num_q_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,
-            block_size=block_size, dtype=jnp.bfloat16, decode_only=num_tokens == num_seqs,
-            implementation="mosaic_gpu")
-        return pallas_kernels.ragged_paged_attention(q, k_cache, v_cache, plan, scale=0.1, **options)
+            block_size=block_size, dtype=jnp.bfloat16, decode_only=decode_only, max_decode_tokens=max_decode_tokens,
+            sliding_windows=(options.get("sliding_window"),), implementation="mosaic_gpu")
+        kernels.append(2 if plan.work.prefill is None else 3)
+        return pallas_kernels.ragged_paged_attention(
+            q, k_cache, v_cache, plan, scale=0.1, sinks=sinks if with_sinks else None, **options)
     q = spec((num_tokens, heads, head_dim), jnp.bfloat16)
     metadata = [spec((257, 8448 // block_size)), spec((num_seqs,)), spec((num_seqs + 1,)), spec((num_seqs,))]
-    text = compile(function, q, cache, cache, *metadata)
-    print("COPIES", len(cache_copies(text, [cache.shape])))
+    text = compile(function, q, cache, cache, spec((heads,), jnp.float32), *metadata)
+    assert text.count('custom_call_target="mosaic_gpu_v2"') == kernels[0], text
+    shapes = [cache.shape] if heads // kv_heads % 4 == 3 else [cache.shape, q.shape]  # 7 heads need padding
+    print("COPIES", len(cache_copies(text, shapes)) + text.count(" dynamic-update-slice("))
 def kv_write(kv_heads, head_dim, block_size, num_tokens):
     cache = spec((NUM_BLOCKS, kv_heads, block_size, head_dim), jnp.bfloat16)
     new = spec((num_tokens, kv_heads, head_dim), jnp.bfloat16)
@@ -121,21 +144,11 @@ def check(text: str, calls: int) -> None:
     assert re.findall(r"COPIES (\d+)", text) == ["0"] * calls
 
 
-def attention_calls(head_dim: int, **options: float) -> tuple[str, int]:
-    shapes = [(*MODELS[model], *rest) for model, *rest in ATTENTION if MODELS[model].head_dim == head_dim]
-    return "\n".join(f"attention(*{shape}, {options})" for shape in shapes), len(shapes)
-
-
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_attention(head_dim: int):
-    call, count = attention_calls(head_dim)
-    check(report(call), count)
-
-
-@pytest.mark.parametrize("head_dim", [64, 256])
-def test_attention_window_and_cap(head_dim: int):
-    call, count = attention_calls(head_dim, sliding_window=1024, soft_cap=30.0)
-    check(report(call), count)
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(name: str):
+    """What hopper.py chooses: decode and combining kernel, in a mixed step the prefill kernel, and no copies."""
+    calls = [f"attention(*{(*MODELS[model], *rest)})" for model, *rest in ATTENTION[name]]
+    check(report("\n".join(calls)), len(calls))
 
 
 @pytest.mark.parametrize(

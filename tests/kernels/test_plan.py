@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -35,44 +36,67 @@ def plan(q_lens, kv_lens, **options):
 
 
 def test_tiles_cover_every_token_once():
-    made = plan([1, 33, 1, 0], [9, 40, 1, 0])
-    length = np.asarray(made.tile_len)
-    np.testing.assert_array_equal(length, [1, 16, 16, 1, 1, 0, 0])
-    np.testing.assert_array_equal(made.tile_start[:5], [0, 1, 17, 33, 34])
-    np.testing.assert_array_equal(made.tile_pos[:5], [8, 7, 23, 39, 0])
-    np.testing.assert_array_equal(made.tile_table_row[:5], [1, 2, 2, 2, 3])
-    row = np.asarray(made.token_row)
+    tiles = plan([1, 33, 1, 0], [9, 40, 1, 0]).work
+    np.testing.assert_array_equal(tiles.length, [1, 16, 16, 1, 1, 0, 0])
+    np.testing.assert_array_equal(tiles.start[:5], [0, 1, 17, 33, 34])
+    np.testing.assert_array_equal(tiles.position[:5], [8, 7, 23, 39, 0])
+    np.testing.assert_array_equal(tiles.table_row[:5], [1, 2, 2, 2, 3])
+    row = np.asarray(tiles.token_row)
     assert (row[35:] == -1).all()
     tile, offset = row[:35] // 16, row[:35] % 16
-    np.testing.assert_array_equal(np.asarray(made.tile_start)[tile] + offset, np.arange(35))
+    np.testing.assert_array_equal(np.asarray(tiles.start)[tile] + offset, np.arange(35))
 
 
 def test_tile_bound_holds_for_the_worst_split():
     q_lens = [17] * 2 + [1] * 14
-    made = plan(q_lens, q_lens)
-    assert int((np.asarray(made.tile_len) > 0).sum()) == 18
-    assert int(made.tile_len.sum()) == 48
-    assert made.tile_len.shape == (48 // 16 + 16,)
+    tiles = plan(q_lens, q_lens).work
+    assert int((np.asarray(tiles.length) > 0).sum()) == 18
+    assert int(tiles.length.sum()) == 48
+    assert tiles.length.shape == (48 // 16 + 16,)
+
+
+def test_few_tokens_have_one_tile_a_sequence():
+    tiles = plan([3, 1, 2], [9, 40, 2], num_tokens=8, decode_only=True, max_decode_tokens=3).work
+    np.testing.assert_array_equal(tiles.length, [3, 1, 2])
+    np.testing.assert_array_equal(tiles.token_row, [0, 1, 2, 3, 6, 7, -1, -1])
+
+
+MOSAIC = {"dtype": jnp.bfloat16, "implementation": "mosaic_gpu"}
 
 
 @needs_mosaic
-def test_mosaic_tiles_and_splits():
-    options = {"dtype": jnp.bfloat16, "implementation": "mosaic_gpu"}
-    assert plan([48], [48], **options).tile_tokens == 16
-    assert plan([48], [48], num_q_heads=14, **options).tile_tokens == 9
-    decode = plan([1, 1], [50, 60], num_tokens=2, decode_only=True, **options)
-    assert (decode.tile_tokens, decode.num_splits) == (1, 1)  # the table holds one chunk of keys
-    wide = np.zeros((5, 600), np.int32)
-    for num_seqs, splits in ((1, 64), (2, 64), (8, 17), (132, 1), (200, 1)):
-        ones = np.ones(num_seqs, np.int32)
-        made = pallas_kernels.plan_attention(
-            wide,
-            ones,
-            np.arange(num_seqs + 1, dtype=np.int32),
-            ones,
-            **{**DEFAULTS, **options, "num_tokens": num_seqs, "decode_only": True},
-        )
-        assert made.num_splits == splits
+def test_which_hopper_kernels_serve_a_step():
+    decode = plan([1, 1], [50, 60], num_tokens=2, decode_only=True, sliding_windows=(None, 32), **MOSAIC).work
+    assert [each.shape.sliding_window for each in decode.decodes] == [None, 32] and decode.prefill is None
+    mixed = plan([1, 47], [50, 60], **MOSAIC).work
+    assert mixed.decodes[0].shape.max_q_len == 1 and int(mixed.prefill.num_tiles[0]) == 1
+    few = {"num_tokens": 6, "decode_only": True, "max_decode_tokens": 3}
+    verify = plan([3, 3], [50, 60], **few, **MOSAIC).work
+    assert verify.decodes[0].shape.max_q_len == 3 and verify.prefill is None
+    # More rows than a tile of the decode kernel has, or more registers than a thread: the prefill kernel takes them.
+    for options in ({"num_q_heads": 64, "num_kv_heads": 2}, {"head_dim": 256}):
+        work = plan([3, 3], [50, 60], **few, **MOSAIC, **options).work
+        assert work.decodes[0].shape.max_q_len < 3 and int(work.prefill.num_tiles[0]) == 2
+
+
+@needs_mosaic
+def test_decode_config_of_every_shape():
+    """What is chosen fits the shape and shared memory, for any group and block size."""
+    from pallas_kernels.ragged_paged_attention.hopper import default_decode_config
+    from pallas_kernels.ragged_paged_attention.plan_decode import TILE_ROWS, DecodeShape, tiling
+
+    sizes = itertools.product(
+        (1, 2, 3, 4, 7, 8, 16, 64), (1, 2, 3, 8), (64, 128, 256), (16, 32, 64, 128), (1, 5), (1, 64)
+    )
+    for group, kv_heads, head_dim, block_size, max_q_len, num_seqs in sizes:
+        if max_q_len > 1 and (head_dim == 256 or group > 8):
+            continue
+        shape = DecodeShape(num_seqs, group * kv_heads, kv_heads, head_dim, block_size, max_q_len)
+        config = default_decode_config(shape, num_seqs)
+        tiling(config, shape)
+        ring = config.stages * config.columns * head_dim * 2
+        used = config.streams * (ring + TILE_ROWS * (head_dim * 2 + min(config.staged, head_dim) * 4) + 1024)
+        assert used <= 227 * 1024, (shape, config)
 
 
 def test_wrong_arguments():
@@ -82,6 +106,10 @@ def test_wrong_arguments():
         plan([48], [48], num_q_heads=7)
     with pytest.raises(ValueError, match="decode_only needs one token a sequence, 1"):
         plan([48], [48], decode_only=True)
+    with pytest.raises(ValueError, match="decode_only takes at most 5 for each of 1 sequences"):
+        plan([48], [48], decode_only=True, max_decode_tokens=5)
+    with pytest.raises(ValueError, match="max_decode_tokens is 0"):
+        plan([48], [48], max_decode_tokens=0)
     with pytest.raises(ValueError, match=r"kv_lens has shape \[2\]; wanted \[1\]"):
         plan([48], [48, 1])
     with pytest.raises(ValueError, match="implementation is 'triton'; allowed: xla, mosaic_gpu"):
@@ -93,6 +121,7 @@ def test_wrong_arguments():
         ({"k_cache": cache[:, :1], "v_cache": cache[:, :1]}, r"k_cache has shape .*; wanted \[\?, 2, 16, 64\]"),
         ({"sliding_window": 0}, "sliding_window is 0"),
         ({"soft_cap": -1.0}, "soft_cap is -1.0"),
+        ({"sinks": jnp.zeros(2)}, r"sinks has shape \[2\]; wanted \[8\]"),
     ):
         arguments = {"q": q, "k_cache": cache, "v_cache": cache, "plan": made, "scale": 1.0, **wrong}
         with pytest.raises(ValueError, match=text):
@@ -107,7 +136,15 @@ def test_what_mosaic_cannot_do():
         ({"num_q_heads": 200}, "100 query heads share a KV head"),
     ):
         with pytest.raises(NotImplementedError, match=text):
-            plan([48], [48], **{"dtype": jnp.bfloat16, "implementation": "mosaic_gpu", **options})
+            plan([48], [48], **{**MOSAIC, **options})
+
+
+@needs_mosaic
+def test_window_that_was_not_planned():
+    made = plan([48], [48], sliding_windows=(16, 32), **MOSAIC)
+    q, cache = jnp.zeros((48, 8, 64), jnp.bfloat16), jnp.zeros((3, 2, 16, 64), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"sliding_window is None; the step was planned for \[16, 32\]"):
+        pallas_kernels.ragged_paged_attention(q, cache, cache, made, scale=1.0)
 
 
 def test_padded_head_dim():

@@ -134,6 +134,7 @@ class Step:
             block_size=g.block_size,
             dtype=self.model.dtype,
             decode_only=bucket.decode_only,
+            sliding_windows=tuple(dict.fromkeys(self.model.arch.sliding_windows)),
             implementation=g.implementation,
         )
         meta = AttentionMetadata(
