@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
+from jax import lax
+from jax._src.lib import mosaic_gpu as _lib
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+
+def _ask_ptxas_once() -> None:
+    """JAX 0.11.2 asks ptxas for its version at each conversion of a bool, 5 ms every time, holding the interpreter."""
+    extension = getattr(_lib, "_mosaic_gpu_ext", None)
+    ask = getattr(extension, "_get_ptxas_isa_version", None)
+    if ask is not None and not hasattr(ask, "cache_info"):
+        extension._get_ptxas_isa_version = functools.cache(ask)
+
+
+_ask_ptxas_once()
 
 
 def interpret_params(interpret: bool) -> Any:
@@ -16,3 +30,9 @@ def interpret_params(interpret: bool) -> Any:
 def load(ref: Any, layout: Any) -> jax.Array:
     """Loads into registers with this layout from any kind of memory, wherever in its array `ref` starts."""
     return plgpu.load(ref, layout=layout, optimized=False)  # pyright: ignore
+
+
+def over_columns(column: jax.Array, shape: tuple[int, ...], layout: Any = None) -> jax.Array:
+    """[rows, columns] of [rows], in `layout` (None: that of a wgmma)."""
+    layout = layout or plgpu.Layout.WGMMA
+    return plgpu.layout_cast(lax.broadcast_in_dim(column, shape, [0]), layout)

@@ -71,25 +71,24 @@ PREFILL = (
 )
 
 
-def paged(implementation: str | None, shape: Shape, *, decode_only: bool) -> Callable:
-    """attention(q, k_cache, v_cache, block_tables, table_rows, cu_q_lens, kv_lens); the plan is part of it."""
+def plan(implementation: str | None, shape: Shape, num_tokens: int, *metadata: jax.Array, decode_only: bool) -> Any:
+    """The plan of num_tokens tokens with the heads and blocks of `shape`."""
+    return pallas_kernels.plan_attention(
+        *metadata,
+        num_tokens=num_tokens,
+        num_q_heads=shape.heads,
+        num_kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        block_size=shape.block_size,
+        dtype=jnp.bfloat16,
+        decode_only=decode_only,
+        max_decode_tokens=shape.q_len if decode_only else 1,
+        implementation=implementation,
+    )
 
-    def attend(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, *metadata: jax.Array) -> jax.Array:
-        plan = pallas_kernels.plan_attention(
-            *metadata,
-            num_tokens=q.shape[0],
-            num_q_heads=shape.heads,
-            num_kv_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-            block_size=shape.block_size,
-            dtype=k_cache.dtype,
-            decode_only=decode_only,
-            max_decode_tokens=shape.q_len if decode_only else 1,
-            implementation=implementation,
-        )
-        return pallas_kernels.ragged_paged_attention(q, k_cache, v_cache, plan, scale=shape.head_dim**-0.5)
 
-    return attend
+def attend(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, plan: Any) -> jax.Array:
+    return pallas_kernels.ragged_paged_attention(q, k_cache, v_cache, plan, scale=q.shape[2] ** -0.5)
 
 
 def paged_arguments(shape: Shape, seed: int) -> tuple:
@@ -106,6 +105,16 @@ def paged_arguments(shape: Shape, seed: int) -> tuple:
         np.full(shape.batch, shape.context, np.int32),
     )
     return q, normal(cache, seed=seed + 1), normal(cache, seed=seed + 2), *map(jnp.asarray, metadata)
+
+
+def planned_arguments(shape: Shape, decode: bool, seed: int) -> tuple:
+    """Arguments of `attend`: the plan, which a step makes once for all its layers, is not timed with it."""
+    q, k_cache, v_cache, *metadata = paged_arguments(shape, seed)
+    return q, k_cache, v_cache, jax.jit(_planner(shape, decode))(*metadata)
+
+
+def _planner(shape: Shape, decode: bool) -> Callable:
+    return functools.partial(plan, None, shape, shape.batch * shape.q_len, decode_only=decode)
 
 
 def dense_cudnn(shape: Shape) -> Callable | None:
@@ -131,24 +140,77 @@ def dense_cudnn(shape: Shape) -> Callable | None:
 def _timed(shapes: Sequence[Shape], *, decode: bool) -> list[Timed]:
     cases = []
     for shape in shapes:
-        columns = {"default": paged(None, shape, decode_only=decode)}
+        columns = {"default": attend}
         cudnn = dense_cudnn(shape)
         if cudnn is not None:
             columns["cudnn, dense"] = cudnn
-        cases.append(_timed_case(shape, columns, decode=decode))
-    return cases
+        cases.append(_timed_case(shape, columns, functools.partial(planned_arguments, shape, decode), decode=decode))
+    plans = [
+        Timed(f"plan of {shape}", {"default": _planner(shape, decode)}, functools.partial(_metadata, shape), 1 << 30)
+        for shape in shapes[:2]
+    ]
+    return cases + plans
 
 
-def _timed_case(shape: Shape, columns: dict[str, Callable], *, decode: bool) -> Timed:
+def _metadata(shape: Shape, seed: int) -> tuple:
+    return paged_arguments(shape, seed)[3:]
+
+
+def _timed_case(
+    shape: Shape, columns: dict[str, Callable], arguments: Callable[[int], tuple], *, decode: bool
+) -> Timed:
     return Timed(
         str(shape),
         columns,
-        functools.partial(paged_arguments, shape),
+        arguments,
         read_bytes=shape.cache_bytes,
         bytes_moved=shape.cache_bytes if decode else None,
         flops=None if decode else shape.flops,
         ceiling="read" if decode else "matmul",
     )
+
+
+MIXED_DECODES, MIXED_CONTEXT, MIXED_CHUNK = 200, 1024, 2048
+
+
+def _timed_mixed() -> list[Timed]:
+    """One call for decode rows and a chunk of a prompt, against a call for each."""
+    shape = Shape(MIXED_DECODES, 1, MIXED_CONTEXT)
+    return [
+        Timed(
+            f"{MIXED_DECODES} x 1 token, context {MIXED_CONTEXT}, and a prompt of {MIXED_CHUNK}",
+            {"one call": _one_call, "one after the other": _two_calls},
+            _mixed_arguments,
+            read_bytes=shape.cache_bytes,
+        )
+    ]
+
+
+def _one_call(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, plans: tuple) -> jax.Array:
+    return attend(q, k_cache, v_cache, plans[0])
+
+
+def _two_calls(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, plans: tuple) -> tuple[jax.Array, jax.Array]:
+    decodes = attend(q[:MIXED_DECODES], k_cache, v_cache, plans[1])
+    return decodes, attend(q[MIXED_DECODES:], k_cache, v_cache, plans[2])
+
+
+def _mixed_arguments(seed: int) -> tuple:
+    """q, caches and the plans of the whole step, of its decode rows and of its prompt."""
+    lens = np.full(MIXED_DECODES + 1, MIXED_CONTEXT)
+    lens[-1] = MIXED_CHUNK
+    shape = Shape(MIXED_DECODES + 1, 1, MIXED_CHUNK)
+    _, k_cache, v_cache, tables, rows, _, _ = paged_arguments(shape, seed)
+    starts = np.concatenate([np.arange(MIXED_DECODES + 1), [MIXED_DECODES + MIXED_CHUNK]])
+    kv_lens, cu_q_lens = jnp.asarray(lens, jnp.int32), jnp.asarray(starts, jnp.int32)
+    one = slice(MIXED_DECODES, MIXED_DECODES + 1)
+    num_tokens = MIXED_DECODES + MIXED_CHUNK
+    plans = (
+        plan(None, shape, num_tokens, tables, rows, cu_q_lens, kv_lens, decode_only=False),
+        plan(None, shape, MIXED_DECODES, tables, rows[:-1], cu_q_lens[:-1], kv_lens[:-1], decode_only=True),
+        plan(None, shape, MIXED_CHUNK, tables, rows[one], jnp.array([0, MIXED_CHUNK]), kv_lens[one], decode_only=False),
+    )
+    return normal((num_tokens, shape.heads, shape.head_dim), seed=seed), k_cache, v_cache, plans
 
 
 CANDIDATES = (
@@ -196,7 +258,7 @@ def _timed_config(shape: Shape, static: DecodeShape, config: DecodeConfig) -> Ti
         plan = plan_decode(block_tables, table_rows, cu_q_lens, kv_lens, static, config)
         return decode_attention(q, k_cache, v_cache, plan, scale=shape.head_dim**-0.5)
 
-    return _timed_case(shape, {"config": attend}, decode=True)
+    return _timed_case(shape, {"config": attend}, functools.partial(paged_arguments, shape), decode=True)
 
 
 def _ragged_error(shape: Shape, seed: int, decode_only: bool, implementation: str) -> float:
@@ -217,8 +279,8 @@ def _ragged_error(shape: Shape, seed: int, decode_only: bool, implementation: st
     k_cache, v_cache = (jnp.where(written[:, None, :, None], cache, jnp.nan) for cache in (k_cache, v_cache))
     starts = np.concatenate([[0], np.cumsum(q_lens)])
     metadata = [tables, *(jnp.asarray(x, jnp.int32) for x in (rows, starts, kv_lens))]
-    attend = paged(implementation, shape, decode_only=decode_only)
-    got = jax.jit(attend)(q, k_cache, v_cache, *metadata)
+    make = functools.partial(plan, implementation, shape, q.shape[0], decode_only=decode_only)
+    got = jax.jit(attend)(q, k_cache, v_cache, jax.jit(make)(*metadata))
     wanted = jax.jit(functools.partial(reference.ragged_paged_attention, scale=shape.head_dim**-0.5))(
         q, k_cache, v_cache, *metadata
     )
@@ -244,6 +306,7 @@ def _no_tuning() -> Sequence[Tuned]:
 
 
 DECODE_ATTENTION = Op("decode", lambda: _timed(DECODE, decode=True), _tuned, lambda: _checked(True))
+MIXED_ATTENTION = Op("mixed", _timed_mixed, _no_tuning, lambda: [])
 PREFILL_ATTENTION = Op("prefill", lambda: _timed(PREFILL, decode=False), _no_tuning, lambda: _checked(False))
 
 

@@ -27,6 +27,7 @@ OPS: dict[str, Op] = {
     for op in (
         attention.DECODE_ATTENTION,
         attention.PREFILL_ATTENTION,
+        attention.MIXED_ATTENTION,
         kv.WRITE_KV,
         kv.ROPE_WRITE_KV,
         truncation.TRUNCATE_LOGITS,

@@ -70,7 +70,7 @@ def _write_tuned() -> list[Tuned]:
             "write_kv",
             {"num_kv_heads": MODELS[model].num_kv_heads, "head_dim": MODELS[model].head_dim},
             {"num_tokens": num_tokens},
-            [kernel.default_config(num_tokens), *(kernel.Config(tokens) for tokens in (1, 2, 4))],
+            [kernel.Config(tokens) for tokens in (1, 2, 4)],
             functools.partial(timed, model, num_tokens),
         )
         for model in _MODELS

@@ -27,11 +27,6 @@ class Config:
     tokens_per_cta: int = 1
 
 
-def default_config(num_tokens: int) -> Config:
-    """Without tuning data: one token a CTA until there are several waves of CTAs."""
-    return Config(tokens_per_cta=1 if num_tokens <= 1024 else 4)
-
-
 def write_kv(
     k_cache: jax.Array,
     v_cache: jax.Array,
@@ -46,7 +41,7 @@ def write_kv(
     num_tokens, num_kv_heads, head_dim = k.shape
     if config is None:
         exact = {"num_kv_heads": num_kv_heads, "head_dim": head_dim}
-        config = lookup("write_kv", Config, exact, {"num_tokens": num_tokens}, lambda: default_config(num_tokens))
+        config = lookup("write_kv", Config, exact, {"num_tokens": num_tokens}, Config)
     tokens = min(config.tokens_per_cta, num_tokens)
     kernel = plgpu.kernel(
         functools.partial(_kernel, head_rows(num_kv_heads, head_dim), tokens),

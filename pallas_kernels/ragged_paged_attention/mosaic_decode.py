@@ -113,7 +113,10 @@ def _launch(static: Kernel, arguments: list[Any], has_sinks: bool) -> list[jax.A
         num_threads=config.streams + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=not static.interpret
+            approx_math=True,
+            reduction_scratch_bytes=0,
+            unsafe_no_auto_barriers=not static.interpret,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
         interpret=interpret_params(static.interpret),
         kernel_name="decode_attention",

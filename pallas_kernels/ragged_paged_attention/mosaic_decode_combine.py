@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic import interpret_params, load
+from pallas_kernels.mosaic import interpret_params, load, over_columns
 from pallas_kernels.ragged_paged_attention.plan_decode import DecodePlan, Piece, Tiling
 
 _ROWS = 4  # of a warpgroup: one for each warp
@@ -57,7 +57,10 @@ def combine(
         num_threads=warpgroups,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=not interpret
+            approx_math=True,
+            reduction_scratch_bytes=0,
+            unsafe_no_auto_barriers=not interpret,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
         interpret=interpret_params(interpret),
         kernel_name="combine_decode_attention",
@@ -102,10 +105,10 @@ def _weighted_mean(unroll: int, first: Any, count: Any, row: Any, partial: Any, 
             logs.append(log + jnp.where(piece < count, 0.0, _NOTHING))
         new_maximum = functools.reduce(jnp.maximum, logs, maximum)
         correction = jnp.exp2(maximum - new_maximum)
-        total, weight = total * lax.broadcast_in_dim(correction, total.shape, [0]), weight * correction
+        total, weight = total * over_columns(correction, total.shape, full), weight * correction
         for value, log in zip(values, logs, strict=True):
             share = jnp.exp2(log - new_maximum)
-            total = total + value * lax.broadcast_in_dim(share, total.shape, [0])
+            total = total + value * over_columns(share, total.shape, full)
             weight = weight + share
         return total, weight, new_maximum
 
@@ -115,4 +118,4 @@ def _weighted_mean(unroll: int, first: Any, count: Any, row: Any, partial: Any, 
         plgpu.layout_cast(jnp.full((_ROWS,), _NOTHING, jnp.float32), rows),
     )
     total, weight, _ = lax.fori_loop(0, (count + (unroll - 1)) // unroll, step, carry)
-    return total / lax.broadcast_in_dim(weight, total.shape, [0])
+    return total / over_columns(weight, total.shape, full)

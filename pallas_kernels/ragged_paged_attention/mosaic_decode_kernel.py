@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mosaic import over_columns
 from pallas_kernels.ragged_paged_attention.mosaic_decode_tile import Item, Kernel, start, tile_step
 from pallas_kernels.ragged_paged_attention.plan_decode import Seq, Stream
 
@@ -172,7 +173,7 @@ def _consume(
             unmasked = jnp.clip(whole_tiles - item.first, 0, item.count)
             carry = lax.fori_loop(0, unmasked, functools.partial(step, masked=False), carry)
         accumulator, maximum, total = lax.fori_loop(unmasked, item.count, functools.partial(step, masked=True), carry)
-        accumulator = accumulator / lax.broadcast_in_dim(total, accumulator.shape, [0])
+        accumulator = accumulator / over_columns(total, accumulator.shape)
 
         @pl.when(item.whole)
         def _finished():

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic import load
+from pallas_kernels.mosaic import load, over_columns
 from pallas_kernels.ragged_paged_attention.plan_decode import TILE_ROWS, DecodeConfig, DecodeShape, Tiling
 
 LOG2E = math.log2(math.e)
@@ -101,9 +101,9 @@ def tile_step(
 
     new_maximum = jnp.maximum(maximum, scores.max(axis=1))
     correction = jnp.exp2(maximum - new_maximum)
-    weights = jnp.exp2(scores - lax.broadcast_in_dim(new_maximum, scores.shape, [0]))
+    weights = jnp.exp2(scores - over_columns(new_maximum, scores.shape))
     total = total * correction + weights.sum(axis=1)
-    accumulator = accumulator * lax.broadcast_in_dim(correction, accumulator.shape, [0])
+    accumulator = accumulator * over_columns(correction, accumulator.shape)
 
     if not masked:
         plgpu.barrier_wait(full.at[v_slot])

@@ -132,7 +132,10 @@ def _launch(config: Config, problem: Problem, dtype: jnp.dtype):
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=not problem.interpret
+            approx_math=True,
+            reduction_scratch_bytes=0,
+            unsafe_no_auto_barriers=not problem.interpret,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
         interpret=_interpret_params() if problem.interpret else None,
         kernel_name="prefill_attention",

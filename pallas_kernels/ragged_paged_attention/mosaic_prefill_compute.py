@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.mosaic import over_columns
 from pallas_kernels.ragged_paged_attention import mosaic_inline as inline
 from pallas_kernels.ragged_paged_attention.mosaic_prefill_common import LOG2E, WARPGROUP_ROWS, Cta, Item
 from pallas_kernels.ragged_paged_attention.mosaic_prefill_output import store_rows
@@ -84,7 +85,7 @@ class Warpgroup:
         plgpu.barrier_wait(cta.v_full(slot))
         accumulator = self.add_product(accumulator, weights, slot)
         plgpu.barrier_arrive(cta.v_free(slot))
-        return accumulator * lax.broadcast_in_dim(1.0 / total, accumulator.shape, [0])
+        return accumulator * over_columns(1.0 / total, accumulator.shape)
 
     def unmasked_steps(self, item: Item) -> tuple[Any, Any]:
         """Steps [a, b) after the first whose key tiles every row of the item sees whole."""
@@ -132,7 +133,7 @@ class Warpgroup:
         accumulator, done = products(slot, before, accumulator, weights, finish)
         maximum, correction, total, weights = done
         plgpu.barrier_arrive(cta.v_free(before))
-        accumulator = accumulator * lax.broadcast_in_dim(correction, accumulator.shape, [0])
+        accumulator = accumulator * over_columns(correction, accumulator.shape)
         return accumulator, maximum, total, weights.astype(cta.q_smem.dtype)
 
     def products(
@@ -227,5 +228,5 @@ class Warpgroup:
         factor = self.cta.problem.factor
         new_maximum = jnp.maximum(maximum, scores.max(axis=1) * factor)
         correction = jnp.exp2(maximum - new_maximum)
-        weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(new_maximum, scores.shape, [0]))
+        weights = jnp.exp2(scores * factor - over_columns(new_maximum, scores.shape))
         return new_maximum, correction, total * correction + weights.sum(axis=1), weights
