@@ -62,6 +62,7 @@ BATCH = [
 ]
 FEW = [
     {"heads": 2, "columns": 128, "stages": 5, "staged": 128, "unroll": 32},
+    {"heads": 2, "columns": 128, "stages": 5, "staged": 128, "unroll": 16},
     {"heads": 2, "columns": 64, "stages": 10, "staged": 128, "unroll": 32},
     {"heads": 2, "columns": 64, "stages": 10, "unroll": 16},
     {"heads": 2, "columns": 64, "stages": 5, "streams": 2, "unroll": 32},
@@ -71,7 +72,7 @@ FEW = [
 CONFIGS = {
     "b1_8k": FEW,
     "b1_32k": FEW,
-    "b8_8k": [*FEW[:2], *BATCH[:1], *BATCH[2:5], {"heads": 4, "columns": 64, "stages": 12, "unroll": 16}],
+    "b8_8k": [*FEW[:3], *BATCH[:1], *BATCH[2:5], {"heads": 4, "columns": 64, "stages": 12, "unroll": 16}],
     "b64_2k": BATCH,
     "b256_1k": BATCH,
     "b256_4k": [

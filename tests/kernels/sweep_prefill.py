@@ -107,7 +107,12 @@ def poisoned(cache: jax.Array, arguments: tuple[np.ndarray, ...]) -> jax.Array:
 
 
 def wanted_ragged(inputs: list[jax.Array], arguments: tuple[np.ndarray, ...], num_tokens: int) -> np.ndarray:
-    options = {"num_q_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "block_size": BLOCK_SIZE}
+    options: typing.Any = {
+        "num_q_heads": HEADS,
+        "num_kv_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "block_size": BLOCK_SIZE,
+    }
     tables, rows, starts, kv_lens = arguments
     plan = pallas_kernels.plan_attention(
         tables[:, : -(-int(kv_lens.max()) // BLOCK_SIZE)],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -168,7 +169,7 @@ def test_random_batches(implementation: str, seed: int):
         padding_tokens=int(rng.integers(0, 20)),
         shared_blocks=int(rng.integers(0, 3)),
     )
-    options = {"sliding_window": int(rng.integers(1, 200))} if seed % 2 else {}
+    options: dict[str, Any] = {"sliding_window": int(rng.integers(1, 200))} if seed % 2 else {}
     sinks = jnp.asarray(rng.normal(size=group * num_kv_heads), jnp.float32) if seed % 3 else None
     check(batch, implementation, max_decode_tokens=int(rng.integers(1, 6)), sinks=sinks, **options)
 

@@ -12,6 +12,9 @@ import pytest
 
 import pallas_kernels
 from pallas_kernels.implementation import mosaic_unavailable_reason
+from pallas_kernels.ragged_paged_attention.hopper import HopperPlan
+from pallas_kernels.ragged_paged_attention.plan_prefill import PrefillPlan
+from pallas_kernels.ragged_paged_attention.tiles import TilePlan
 from tests.kernels.cases import needs_mosaic
 
 DEFAULTS = {
@@ -35,8 +38,24 @@ def plan(q_lens, kv_lens, **options):
     )
 
 
+def plan_tiles(*lens, **options) -> TilePlan:
+    work = plan(*lens, **options).work
+    assert isinstance(work, TilePlan)
+    return work
+
+
+def plan_hopper(*lens, **options) -> HopperPlan:
+    work = plan(*lens, dtype=jnp.bfloat16, implementation="mosaic_gpu", **options).work
+    assert isinstance(work, HopperPlan)
+    return work
+
+
+def used_tiles(prefill: PrefillPlan | None) -> int:
+    return 0 if prefill is None else int(prefill.num_tiles[0])
+
+
 def test_tiles_cover_every_token_once():
-    tiles = plan([1, 33, 1, 0], [9, 40, 1, 0]).work
+    tiles = plan_tiles([1, 33, 1, 0], [9, 40, 1, 0])
     np.testing.assert_array_equal(tiles.length, [1, 16, 16, 1, 1, 0, 0])
     np.testing.assert_array_equal(tiles.start[:5], [0, 1, 17, 33, 34])
     np.testing.assert_array_equal(tiles.position[:5], [8, 7, 23, 39, 0])
@@ -49,14 +68,14 @@ def test_tiles_cover_every_token_once():
 
 def test_tile_bound_holds_for_the_worst_split():
     q_lens = [17] * 2 + [1] * 14
-    tiles = plan(q_lens, q_lens).work
+    tiles = plan_tiles(q_lens, q_lens)
     assert int((np.asarray(tiles.length) > 0).sum()) == 18
     assert int(tiles.length.sum()) == 48
     assert tiles.length.shape == (48 // 16 + 16,)
 
 
 def test_few_tokens_have_one_tile_a_sequence():
-    tiles = plan([3, 1, 2], [9, 40, 2], num_tokens=8, decode_only=True, max_decode_tokens=3).work
+    tiles = plan_tiles([3, 1, 2], [9, 40, 2], num_tokens=8, decode_only=True, max_decode_tokens=3)
     np.testing.assert_array_equal(tiles.length, [3, 1, 2])
     np.testing.assert_array_equal(tiles.token_row, [0, 1, 2, 3, 6, 7, -1, -1])
 
@@ -66,17 +85,17 @@ MOSAIC = {"dtype": jnp.bfloat16, "implementation": "mosaic_gpu"}
 
 @needs_mosaic
 def test_which_hopper_kernels_serve_a_step():
-    decode = plan([1, 1], [50, 60], num_tokens=2, decode_only=True, sliding_windows=(None, 32), **MOSAIC).work
+    decode = plan_hopper([1, 1], [50, 60], num_tokens=2, decode_only=True, sliding_windows=(None, 32))
     assert [each.shape.sliding_window for each in decode.decodes] == [None, 32] and decode.prefill is None
-    mixed = plan([1, 47], [50, 60], **MOSAIC).work
-    assert mixed.decodes[0].shape.max_q_len == 1 and int(mixed.prefill.num_tiles[0]) == 1
+    mixed = plan_hopper([1, 47], [50, 60])
+    assert mixed.decodes[0].shape.max_q_len == 1 and used_tiles(mixed.prefill) == 1
     few = {"num_tokens": 6, "decode_only": True, "max_decode_tokens": 3}
-    verify = plan([3, 3], [50, 60], **few, **MOSAIC).work
+    verify = plan_hopper([3, 3], [50, 60], **few)
     assert verify.decodes[0].shape.max_q_len == 3 and verify.prefill is None
     # More rows than a tile of the decode kernel has, or more registers than a thread: the prefill kernel takes them.
     for options in ({"num_q_heads": 64, "num_kv_heads": 2}, {"head_dim": 256}):
-        work = plan([3, 3], [50, 60], **few, **MOSAIC, **options).work
-        assert work.decodes[0].shape.max_q_len < 3 and int(work.prefill.num_tiles[0]) == 2
+        work = plan_hopper([3, 3], [50, 60], **few, **options)
+        assert work.decodes[0].shape.max_q_len < 3 and used_tiles(work.prefill) == 2
 
 
 @needs_mosaic
