@@ -36,3 +36,14 @@ def over_columns(column: jax.Array, shape: tuple[int, ...], layout: Any = None) 
     """[rows, columns] of [rows], in `layout` (None: that of a wgmma)."""
     layout = layout or plgpu.Layout.WGMMA
     return plgpu.layout_cast(lax.broadcast_in_dim(column, shape, [0]), layout)
+
+
+def divide_registers(compute: int, count: int, other: int) -> tuple[int, int]:
+    """(compute, other): registers a thread of `count` warpgroups and of one more, for set_max_registers.
+
+    A CTA has what its threads were launched with, the same for all and a multiple of 8. A warpgroup that asks for more
+    than the others leave waits for ever.
+    """
+    launched = 65536 // (128 * (count + 1)) // 8 * 8
+    assert compute * count + other <= launched * (count + 1), (compute, count, other)
+    return compute, other

@@ -15,11 +15,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic import over_columns
+from pallas_kernels.mosaic import divide_registers, over_columns
 from pallas_kernels.ragged_paged_attention.mosaic_decode_tile import Item, Kernel, start, tile_step
 from pallas_kernels.ragged_paged_attention.plan_decode import Seq, Stream
 
-_REGISTERS = {2: (232, 48), 3: (160, 32)}  # of a thread that computes and one that loads, by streams; 1: no limit
+# Of a thread that computes and one that loads, by streams; 1: no limit.
+_REGISTERS = {2: divide_registers(224, 2, 56), 3: divide_registers(160, 3, 32)}
 
 
 def kernel(

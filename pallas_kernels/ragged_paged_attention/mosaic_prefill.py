@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic import interpret_params
+from pallas_kernels.mosaic import divide_registers, interpret_params
 from pallas_kernels.ragged_paged_attention.mosaic_prefill_common import (
     OUTPUT_COLUMNS,
     OUTPUT_TRANSFORMS,
@@ -146,15 +146,16 @@ def _kernel(config: Config, problem: Problem, tables, tiles, num_tiles, q, k, v,
     """Body of one CTA."""
     cta = Cta(config, problem, tables, tiles, num_tiles, q, k, v, sinks, output, **scratch)
     warpgroup = lax.axis_index("warpgroup")
+    registers = divide_registers(config.registers[0], config.warpgroups, config.registers[1])
 
     @pl.when(warpgroup < config.warpgroups)
     def _compute():
-        plgpu.set_max_registers(config.registers[0], action="increase")
+        plgpu.set_max_registers(registers[0], action="increase")
         Warpgroup(cta, warpgroup).compute()
 
     @pl.when(warpgroup == config.warpgroups)
     def _produce():
-        plgpu.set_max_registers(config.registers[1], action="decrease")
+        plgpu.set_max_registers(registers[1], action="decrease")
         produce(cta)
 
 
