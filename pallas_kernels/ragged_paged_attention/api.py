@@ -7,6 +7,7 @@ import functools
 import jax
 
 from pallas_kernels.implementation import MOSAIC_GPU_INTERPRET, XLA
+from pallas_kernels.kv_scales import check_scale, scaled_heads
 from pallas_kernels.ragged_paged_attention import hopper, xla
 from pallas_kernels.ragged_paged_attention.plan import AttentionPlan
 from pallas_kernels.validation import check_array, check_caches
@@ -21,6 +22,8 @@ def ragged_paged_attention(
     scale: float,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention of a step's tokens over the paged KV cache, which already holds this step's keys and values.
 
@@ -35,6 +38,8 @@ def ragged_paged_attention(
         scale: Factor of the scores, usually the model's head_dim ** -0.5.
         sliding_window: A token at position p sees the keys in (p - sliding_window, p]; None: all of them up to p.
         soft_cap: Scores become soft_cap * tanh(score / soft_cap) before masking; None: off.
+        k_scale: f32[KVH], keys are k_cache * k_scale; None: 1. Powers of two, or q is rounded once more.
+        v_scale: f32[KVH], the same for values and the output.
 
     Returns:
         [T, H, D] in the dtype of q; zeros for padding tokens.
@@ -50,11 +55,32 @@ def ragged_paged_attention(
         raise ValueError(f"sliding_window is {sliding_window}; it must be at least 1, or None")
     if soft_cap is not None and soft_cap <= 0:
         raise ValueError(f"soft_cap is {soft_cap}; it must be positive, or None")
-    return _attention(q, k_cache, v_cache, plan, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap)
+    check_scale("k_scale", k_scale, plan.num_kv_heads)
+    check_scale("v_scale", v_scale, plan.num_kv_heads)
+    options = {"scale": scale, "sliding_window": sliding_window, "soft_cap": soft_cap}
+    return _attention(q, k_cache, v_cache, plan, k_scale, v_scale, **options)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "sliding_window", "soft_cap"))
 def _attention(
+    q: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    plan: AttentionPlan,
+    k_scale: jax.Array | None,
+    v_scale: jax.Array | None,
+    *,
+    scale: float,
+    sliding_window: int | None,
+    soft_cap: float | None,
+) -> jax.Array:
+    # (q * k_scale) . stored = q . key, and the weighted mean of values is that of what is stored, times v_scale.
+    q = scaled_heads(q, k_scale)
+    output = _unscaled(q, k_cache, v_cache, plan, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap)
+    return scaled_heads(output, v_scale)
+
+
+def _unscaled(
     q: jax.Array,
     k_cache: jax.Array,
     v_cache: jax.Array,

@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.ragged_paged_attention.mosaic_decode_fp8 import fp8_tile_step
 from pallas_kernels.ragged_paged_attention.mosaic_decode_tile import Item, Kernel, start, tile_step
 from pallas_kernels.ragged_paged_attention.plan_decode import Seq, Stream
 
@@ -146,10 +147,13 @@ def _consume(
     full: Any,
     empty: Any,
     staged: Any,
+    converted: Any = None,
 ) -> None:
     """Attends to the tiles of the stream and writes an output or a piece for each item."""
     tiles, tokens = static.tiles, static.shape.max_q_len
     q_smem, staged = q_smem.at[index], staged.at[index]
+    count = static.config.converted
+    converted = () if converted is None else tuple(converted.at[index * count + i] for i in range(count))
 
     def load_queries(item: Item) -> None:
         for i in range(tokens):  # past the sequence's end other tokens, which are never written
@@ -163,7 +167,10 @@ def _consume(
 
         def step(i: Any, carry: Any, *, masked: bool) -> Any:
             slots = tuple(_slot(static, 2 * (done + i) + j, index) for j in range(2))
-            return tile_step(static, item, item.first + i, carry, q_smem, ring, full, empty, slots, masked=masked)
+            rings = (q_smem, ring, full, empty, slots)
+            if converted:
+                return fp8_tile_step(static, item, item.first + i, carry, converted, *rings, masked=masked)
+            return tile_step(static, item, item.first + i, carry, *rings, masked=masked)
 
         unmasked = jnp.int32(0)
         carry = start(static, item, sinks)
