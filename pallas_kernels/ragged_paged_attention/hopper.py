@@ -12,7 +12,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
+from pallas_kernels.kv_scales import is_fp8
 from pallas_kernels.ragged_paged_attention.plan_decode import DecodeConfig, DecodePlan, DecodeShape, plan_decode, tiling
 from pallas_kernels.ragged_paged_attention.plan_prefill import PrefillPlan, plan_prefill
 
@@ -22,15 +24,24 @@ Metadata = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 _FEW_SEQUENCES = 8
 _PREFILL_TILE_TOKENS = 128
 _PREFILL_HEAD_DIM = 128
+_F16_MAX = 65504.0
 
 
-def decode_config(shape: DecodeShape, num_seqs: int) -> DecodeConfig | None:
-    """The configuration for up to num_seqs sequences, None when the decode kernel does not serve this shape."""
+def decode_config(shape: DecodeShape, num_seqs: int, dtype: DTypeLike) -> DecodeConfig | None:
+    """The configuration for up to num_seqs sequences and a cache of this dtype.
+
+    None when the decode kernel does not serve the shape.
+    """
     few = num_seqs <= _FEW_SEQUENCES
+    fp8 = {
+        64: {"stages": 6, "streams": 2, "converted": 2} if few else {"stages": 5, "streams": 3, "staged": 32},
+        128: {"stages": 7, "converted": 2, "unroll": 16} if few else {"stages": 3, "streams": 2, "staged": 32},
+    }
     options = {
         64: {"stages": 5, "streams": 2} if few else {"stages": 3, "streams": 3},
         128: {"stages": 5, "staged": 128, "unroll": 32} if few else {"stages": 2, "streams": 2},
-    }.get(shape.head_dim)
+    }
+    options = (fp8 if is_fp8(dtype) else options).get(shape.head_dim)
     if options is None:
         return None
     for heads in (2, 1) if few else (8, 4, 2, 1):
@@ -44,7 +55,7 @@ def decode_config(shape: DecodeShape, num_seqs: int) -> DecodeConfig | None:
 
 
 def plan_decodes(
-    metadata: Metadata, shape: DecodeShape, sliding_windows: Sequence[int | None]
+    metadata: Metadata, shape: DecodeShape, sliding_windows: Sequence[int | None], dtype: DTypeLike
 ) -> tuple[DecodePlan, ...]:
     """One decode plan for each window; none when the decode kernel does not serve the shape.
 
@@ -52,8 +63,9 @@ def plan_decodes(
         metadata: block_tables, table_rows, cu_q_lens and kv_lens of plan_attention.
         shape: The step's; its window is replaced.
         sliding_windows: The distinct windows of the model's layers.
+        dtype: Of the KV cache.
     """
-    config = decode_config(shape, metadata[1].shape[0])
+    config = decode_config(shape, metadata[1].shape[0], dtype)
     if config is None:
         return ()
     shapes = [
@@ -97,9 +109,13 @@ def attention(
         ValueError: The step was planned without this window.
     """
     from pallas_kernels.ragged_paged_attention.mosaic_decode import decode_attention
-    from pallas_kernels.ragged_paged_attention.mosaic_prefill import Config, prefill_attention
+    from pallas_kernels.ragged_paged_attention.mosaic_prefill import Config, default_config, prefill_attention
 
-    if q.dtype != k_cache.dtype:
+    dtype = q.dtype
+    if is_fp8(k_cache.dtype):
+        # The kernels turn the cache into float16, which holds every e4m3 number; so must the queries be.
+        q = jnp.clip(q.astype(jnp.float32), -_F16_MAX, _F16_MAX).astype(jnp.float16)
+    elif q.dtype != k_cache.dtype:
         raise NotImplementedError(
             f"q is {q.dtype.name} and the KV cache {k_cache.dtype.name}; mosaic_gpu needs one dtype, xla takes both"
         )
@@ -111,9 +127,11 @@ def attention(
     decode = planned[sliding_window]
     rows = decode_attention(q[: decode.shape.num_tokens], k_cache, v_cache, decode, scale=scale, soft_cap=soft_cap)
     if prefill is None:
-        return rows
+        return rows.astype(dtype)
+    fp8 = is_fp8(k_cache.dtype)
+    config = default_config(q.shape[-1], k_cache.dtype) if fp8 else Config(overlap=False, take_turns=False)
     output = lax.dynamic_update_slice(jnp.empty_like(q), rows, (0, 0, 0))
-    return prefill_attention(
+    output = prefill_attention(
         q,
         k_cache,
         v_cache,
@@ -122,5 +140,6 @@ def attention(
         scale=scale,
         sliding_window=sliding_window,
         soft_cap=soft_cap,
-        config=Config(overlap=False, take_turns=False),
+        config=config,
     )
+    return output.astype(dtype)

@@ -130,7 +130,7 @@ def plan_attention(
     if chosen == MOSAIC_GPU:
         metadata = (block_tables, table_rows, cu_q_lens, kv_lens)
         shape = DecodeShape(num_seqs, num_q_heads, num_kv_heads, head_dim, block_size)
-        decodes = hopper.plan_decodes(metadata, shape, sliding_windows)
+        decodes = hopper.plan_decodes(metadata, shape, sliding_windows, dtype)
         if decodes and not decode_only:
             prefill = hopper.plan_prefills(metadata, shape, num_tokens)
             decodes = decodes if prefill is not None else ()

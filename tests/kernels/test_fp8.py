@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from pallas_kernels.implementation import MOSAIC_GPU_INTERPRET, XLA
+from pallas_kernels.implementation import XLA
 from pallas_kernels.kv_scales import FP8, scaled_heads
 from pallas_kernels.ragged_paged_attention import reference
 from tests.kernels.cases import IMPLEMENTATIONS, RaggedBatch, assert_no_races, needs_mosaic, on_gpu, ragged_batch
@@ -112,3 +113,71 @@ def check_decode(batch: RaggedBatch, interpret: bool, **config: Any) -> None:
     compare(got, wanted, batch.num_real_tokens)
     if interpret:
         assert_no_races()
+
+
+PREFILL = {
+    "ragged": ([70, 1, 40], [200, 30, 40], (4, 2, 64), 16, {}),
+    "wide_block": ([30, 9], [150, 9], (2, 1, 128), 128, {"sliding_window": 60, "soft_cap": 5.0}),
+}
+
+
+@pytest.mark.parametrize("interpret", INTERPRET)
+@pytest.mark.parametrize("name", PREFILL)
+def test_prefill_kernel(name: str, interpret: bool):
+    from pallas_kernels.ragged_paged_attention.mosaic_prefill import default_config
+    from tests.kernels.test_prefill import check
+
+    q_lens, kv_lens, heads, block_size, options = PREFILL[name]
+    batch = make_batch(3, q_lens, kv_lens, heads, block_size, padding_seqs=1, padding_tokens=3, dtype="float16")
+    config = dataclasses.replace(default_config(heads[2], FP8), num_ctas=3)
+    check(batch, config, interpret, **options)
+
+
+@pytest.mark.parametrize("implementation", [pytest.param("xla", id="xla"), pytest.param("mosaic_gpu", marks=on_gpu)])
+@pytest.mark.parametrize("decode_only", [True, False])
+def test_attention_with_scales(implementation: str, decode_only: bool):
+    q_lens, kv_lens = ([1] * 3, [200, 1, 64]) if decode_only else ([1, 150, 20], [100, 200, 20])
+    batch = make_batch(4, q_lens, kv_lens, (8, 2, 128), 16)
+    scales = {"k_scale": powers_of_two(2, -2), "v_scale": powers_of_two(2, 1)}
+    plan = pallas_kernels.plan_attention(
+        *batch.metadata,
+        num_tokens=batch.q.shape[0],
+        num_q_heads=8,
+        num_kv_heads=2,
+        head_dim=128,
+        block_size=16,
+        dtype=FP8,
+        decode_only=decode_only,
+        implementation=implementation,
+    )
+    got = pallas_kernels.ragged_paged_attention(batch.q, batch.k_cache, batch.v_cache, plan, scale=0.1, **scales)
+    assert got.dtype == jnp.bfloat16
+    arrays = (batch.q, batch.k_cache, batch.v_cache, *batch.metadata)
+    compare(got, reference.ragged_paged_attention(*arrays, scale=0.1, **scales), batch.num_real_tokens)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_write_divides_rounds_and_saturates(implementation: str):
+    slots = jnp.array([17, -1, 35], jnp.int32)
+    k = jnp.broadcast_to(jnp.array([1.0, -1000.0, 3.0625], jnp.bfloat16)[:, None, None], (3, 2, 64))
+    cache = jnp.zeros((3, 2, 16, 64), FP8)
+    scale = jnp.array([1.0, 0.25], jnp.float32)
+    k_cache, v_cache = pallas_kernels.write_kv(
+        cache, cache, k, k * 300, slots, k_scale=scale, v_scale=scale, implementation=implementation
+    )
+    got = np.asarray(k_cache, np.float32)[:, :, :, 0]
+    assert got[1, :, 1].tolist() == [1.0, 4.0] and got[2, :, 3].tolist() == [3.0, 12.0]
+    assert np.asarray(v_cache, np.float32)[2, :, 3, 5].tolist() == [448.0, 448.0]
+    assert np.count_nonzero(got) == 4
+
+
+def test_scales_of_two_heads_reach_their_query_heads():
+    x = jnp.ones((1, 6, 4), jnp.bfloat16)
+    assert scaled_heads(x, powers_of_two(2, 3))[0, :, 0].tolist() == [8, 8, 8, 16, 16, 16]
+
+
+def test_bad_scales_are_named():
+    cache = jnp.zeros((3, 2, 16, 64), FP8)
+    k = jnp.zeros((1, 2, 64), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"k_scale has shape \[3\]; wanted \[2\]"):
+        pallas_kernels.write_kv(cache, cache, k, k, jnp.zeros(1, jnp.int32), k_scale=jnp.ones(3), implementation=XLA)

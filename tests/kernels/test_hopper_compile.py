@@ -68,20 +68,22 @@ def compile(function, *arguments, donate=()):
     text = compiled.as_text()
     print("WHILE", " while(" in text, "SORT", " sort(" in text, "TEMP", compiled.memory_analysis().temp_size_in_bytes)
     return text
-def attention(heads, kv_heads, head_dim, block_size, num_tokens, num_seqs, options):
-    cache = spec((NUM_BLOCKS, kv_heads, block_size, head_dim), jnp.bfloat16)
-    def function(q, k_cache, v_cache, *metadata):
+def attention(heads, kv_heads, head_dim, block_size, num_tokens, num_seqs, options, dtype=jnp.bfloat16):
+    cache = spec((NUM_BLOCKS, kv_heads, block_size, head_dim), dtype)
+    scales = [spec((kv_heads,), jnp.float32)] * (2 if dtype != jnp.bfloat16 else 0)
+    def function(q, k_cache, v_cache, scales, *metadata):
         plan = pallas_kernels.plan_attention(
             *metadata, num_tokens=num_tokens, num_q_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,
-            block_size=block_size, dtype=jnp.bfloat16, decode_only=num_tokens == num_seqs,
-            implementation="mosaic_gpu")
-        return pallas_kernels.ragged_paged_attention(q, k_cache, v_cache, plan, scale=0.1, **options)
+            block_size=block_size, dtype=dtype, decode_only=num_tokens == num_seqs,
+            sliding_windows=(options.get("sliding_window"),), implementation="mosaic_gpu")
+        names = dict(zip(("k_scale", "v_scale"), scales))
+        return pallas_kernels.ragged_paged_attention(q, k_cache, v_cache, plan, scale=0.1, **names, **options)
     q = spec((num_tokens, heads, head_dim), jnp.bfloat16)
     metadata = [spec((257, 8448 // block_size)), spec((num_seqs,)), spec((num_seqs + 1,)), spec((num_seqs,))]
-    text = compile(function, q, cache, cache, *metadata)
+    text = compile(function, q, cache, cache, scales, *metadata)
     print("COPIES", len(cache_copies(text, [cache.shape])))
-def kv_write(kv_heads, head_dim, block_size, num_tokens):
-    cache = spec((NUM_BLOCKS, kv_heads, block_size, head_dim), jnp.bfloat16)
+def kv_write(kv_heads, head_dim, block_size, num_tokens, dtype=jnp.bfloat16):
+    cache = spec((NUM_BLOCKS, kv_heads, block_size, head_dim), dtype)
     new = spec((num_tokens, kv_heads, head_dim), jnp.bfloat16)
     function = lambda *arguments: pallas_kernels.write_kv(*arguments, implementation="mosaic_gpu")
     text = compile(function, cache, cache, new, new, spec((num_tokens,)), donate=(0, 1))
@@ -138,10 +140,27 @@ def test_attention_window_and_cap(head_dim: int):
     check(report(call), count)
 
 
+FP8_ATTENTION = [
+    ("llama3_8b", 16, 256, 256),
+    ("llama3_8b", 16, 1, 1),
+    ("llama3_8b", 16, 2048, 64),
+    ("qwen2_7b", 32, 2048, 8),
+    ("llama2_7b", 128, 64, 64),
+    ("llama3_1b", 16, 64, 64),
+    ("llama3_1b", 16, 2, 2),
+]
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 1024, "soft_cap": 30.0}], ids=["plain", "window_and_cap"])
+def test_fp8_attention(options: dict[str, float]):
+    calls = [f"attention(*{(*MODELS[model], *rest)}, {options}, jnp.float8_e4m3fn)" for model, *rest in FP8_ATTENTION]
+    check(report("\n".join(calls)), len(calls))
+
+
 @pytest.mark.parametrize(
     ("call", "count"),
     [
-        ("kv_write(8, 128, 16, 64)\nkv_write(32, 256, 64, 8192)", 2),
+        ("kv_write(8, 128, 16, 64)\nkv_write(32, 256, 64, 8192)\nkv_write(8, 128, 16, 64, jnp.float8_e4m3fn)", 3),
         ("truncation(64, 128256)\ntruncation(8, 50257)", 2),
     ],
     ids=["kv_write", "truncation"],
