@@ -69,7 +69,6 @@ def test_bad_values_name_value_and_limit(kwargs, texts):
         ("quantization", "awq", "only None works"),
         ("speculative_config", {"method": "ngram"}, "speculative decoding is not supported yet"),
         ("enable_lora", True, "LoRA adapters are not supported yet"),
-        ("kv_cache_dtype", "fp8", "only 'auto' works"),
         ("task", "embed", "only text generation"),
         ("cpu_offload_gb", 4, "stay on the device"),
         ("rope_scaling", {"rope_type": "yarn"}, "config.json decides"),

@@ -21,6 +21,8 @@ from vjax.parallel.sharding import KV_CACHE_AXES, partition_spec
 
 #: One layer's K and V cache, each `[num_blocks, num_kv_heads, block_size, cache_head_dim]`.
 KVCache = tuple[jax.Array, jax.Array]
+#: Scales of one layer's keys and values, each f32 `[num_kv_heads]`, or None for 1.
+KVScales = tuple[jax.Array | None, jax.Array | None]
 
 
 @jax.tree_util.register_dataclass
@@ -68,7 +70,7 @@ class Attention(nnx.Module):
         """x `[T, hidden]` -> `[T, hidden]` and the cache with this step's keys and values written into it."""
         q, k, v = self._project(x, vectors)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        out, kv = self._attend(q, k, v, kv, meta)
+        out, kv = self._attend(q, k, v, kv, meta, (vectors.get("k_scale"), vectors.get("v_scale")))
         out = matmul(out.reshape(x.shape[0], -1), self.o[...].reshape(-1, x.shape[1]))
         return (out + vectors["o_bias"] if "o_bias" in vectors else out), kv
 
@@ -87,23 +89,24 @@ class Attention(nnx.Module):
         return q, k, v
 
     def _attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, kv: KVCache, meta: AttentionMetadata
+        self, q: jax.Array, k: jax.Array, v: jax.Array, kv: KVCache, meta: AttentionMetadata, scales: KVScales
     ) -> tuple[jax.Array, KVCache]:
         attend = self._attend_shard
         if self.mesh is not None and self.mesh.size > 1:
             # A custom call cannot be partitioned by the compiler: each shard runs the kernels on its own heads.
             heads, cache = partition_spec((None, "kv_heads", None)), partition_spec(KV_CACHE_AXES)
+            per_head = partition_spec(("kv_heads",))
             attend = jax.shard_map(
                 attend,
                 mesh=self.mesh,
-                in_specs=(heads, heads, heads, (cache, cache), P()),
+                in_specs=(heads, heads, heads, (cache, cache), P(), per_head),
                 out_specs=(heads, (cache, cache)),
                 check_vma=False,
             )
-        return attend(q, k, v, kv, meta)
+        return attend(q, k, v, kv, meta, scales)
 
     def _attend_shard(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, kv: KVCache, meta: AttentionMetadata
+        self, q: jax.Array, k: jax.Array, v: jax.Array, kv: KVCache, meta: AttentionMetadata, scales: KVScales
     ) -> tuple[jax.Array, KVCache]:
         """Writes k and v, then attends: tokens of one step may read each other's keys through shared blocks.
 
@@ -113,8 +116,11 @@ class Attention(nnx.Module):
         if cache_head_dim != head_dim:
             widths = ((0, 0), (0, 0), (0, cache_head_dim - head_dim))
             q, k, v = jnp.pad(q, widths), jnp.pad(k, widths), jnp.pad(v, widths)
-        k_cache, v_cache = pallas_kernels.write_kv(*kv, k, v, meta.slots, implementation=meta.plan.implementation)
+        scaled = dict(zip(("k_scale", "v_scale"), scales, strict=True))
+        k_cache, v_cache = pallas_kernels.write_kv(
+            *kv, k, v, meta.slots, implementation=meta.plan.implementation, **scaled
+        )
         out = pallas_kernels.ragged_paged_attention(
-            q, k_cache, v_cache, meta.plan, scale=self.scale, sliding_window=self.sliding_window
+            q, k_cache, v_cache, meta.plan, scale=self.scale, sliding_window=self.sliding_window, **scaled
         )
         return out[..., :head_dim], (k_cache, v_cache)
