@@ -37,6 +37,7 @@ def test_values_are_converted():
         ({"block_size": 8}, ["block_size=8", "16, 32, 64, 128"]),
         ({"block_size": True}, ["block_size=True", "16, 32, 64, 128"]),
         ({"dtype": "int8"}, ["dtype='int8'", "bfloat16"]),
+        ({"kv_cache_dtype": "fp8_e5m2"}, ["kv_cache_dtype='fp8_e5m2'", "auto, fp8, fp8_e4m3, bfloat16, float16"]),
         ({"gpu_memory_utilization": 0}, ["gpu_memory_utilization=0", "(0, 1]"]),
         ({"gpu_memory_utilization": 1.2}, ["gpu_memory_utilization=1.2", "(0, 1]"]),
         ({"max_model_len": 1}, ["max_model_len=1", "at least 2"]),
