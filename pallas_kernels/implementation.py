@@ -56,8 +56,8 @@ def _hopper_or_reason() -> tuple[bool, str | None]:
 def default_implementation(dtype: DTypeLike, head_dim: int) -> str:
     """The attention and KV-write implementation for the default device.
 
-    "mosaic_gpu" on a Hopper GPU with bfloat16, float16 or float8_e4m3fn and a head dim of at most 256, else "xla"; when that happens
-    on a GPU one warning is logged, because it is slow.
+    "mosaic_gpu" on a Hopper GPU with bfloat16, float16 or float8_e4m3fn and a head dim of at most 256, else "xla"; when
+    that happens on a GPU one warning is logged, because it is slow.
 
     Args:
         dtype: Dtype of the KV cache.

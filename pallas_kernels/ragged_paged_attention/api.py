@@ -7,7 +7,7 @@ import functools
 import jax
 
 from pallas_kernels.implementation import MOSAIC_GPU_INTERPRET, XLA
-from pallas_kernels.kv_scales import check_scale, scaled_heads
+from pallas_kernels.kv_scales import check_scale, is_fp8, scaled_heads
 from pallas_kernels.ragged_paged_attention import hopper, xla
 from pallas_kernels.ragged_paged_attention.plan import AttentionPlan
 from pallas_kernels.validation import check_array, check_caches
@@ -95,6 +95,10 @@ def _unscaled(
         return xla.attention(q, k_cache, v_cache, plan, **options)
     if plan.decodes:
         return hopper.attention(q, k_cache, v_cache, plan.decodes, plan.prefill, **options)
+    if is_fp8(k_cache.dtype):
+        raise NotImplementedError(
+            f"{plan.implementation} has no fp8 attention for head_dim {plan.head_dim} here; use implementation='xla'"
+        )
     from pallas_kernels.ragged_paged_attention import mosaic_gpu
 
     interpret = plan.implementation == MOSAIC_GPU_INTERPRET

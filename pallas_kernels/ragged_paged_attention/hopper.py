@@ -35,6 +35,7 @@ def decode_config(shape: DecodeShape, num_seqs: int, dtype: DTypeLike) -> Decode
     few = num_seqs <= _FEW_SEQUENCES
     fp8 = {
         64: {"stages": 6, "streams": 2, "converted": 2} if few else {"stages": 5, "streams": 3, "staged": 32},
+        256: {"stages": 5, "columns": 64},
         128: {"stages": 7, "converted": 2, "unroll": 16} if few else {"stages": 3, "streams": 2, "staged": 32},
     }
     options = {

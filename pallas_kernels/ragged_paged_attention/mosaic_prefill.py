@@ -125,9 +125,7 @@ def _launch(config: Config, problem: Problem, dtype: jnp.dtype, cache_dtype: jnp
         ),
         "q_full": plgpu.Barrier(num_arrivals=config.segments, num_barriers=config.warpgroups),
         "q_free": plgpu.Barrier(num_barriers=config.warpgroups),
-        "kv_full": plgpu.Barrier(
-            num_arrivals=1 if is_fp8(cache_dtype) else copies, num_barriers=2 * config.stages + 1
-        ),
+        "kv_full": plgpu.Barrier(num_arrivals=1 if is_fp8(cache_dtype) else copies, num_barriers=2 * config.stages + 1),
         "kv_free": plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=2 * config.stages),
     }
     if is_fp8(cache_dtype):

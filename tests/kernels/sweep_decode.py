@@ -187,7 +187,6 @@ class Bench:
     def compile(self, config: dict):
         """(executable of the plan, executable of the attention)."""
         import jax
-        import jax.numpy as jnp
 
         from pallas_kernels.ragged_paged_attention import plan_decode as plans
         from pallas_kernels.ragged_paged_attention.mosaic_decode import decode_attention

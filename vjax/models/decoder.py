@@ -72,9 +72,7 @@ class DecoderModel(nnx.Module):
         """The architecture of a parsed config.json; ModelLoadError names what is not supported."""
         raise NotImplementedError
 
-    def __init__(
-        self, arch: ArchConfig, *, dtype, rngs: nnx.Rngs, mesh: Mesh | None = None, kv_scales: bool = False
-    ):
+    def __init__(self, arch: ArchConfig, *, dtype, rngs: nnx.Rngs, mesh: Mesh | None = None, kv_scales: bool = False):
         self.arch = arch
         self.embed = param(rngs, (arch.vocab_size, arch.hidden_size), ("vocab", "embed"), dtype)
         self.layers = nnx.List(

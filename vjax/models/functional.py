@@ -36,7 +36,9 @@ class FunctionalModel:
 
     def __init__(self, arch: ArchConfig, dtype, mesh: Mesh | None, kv_scales: bool):
         model_class = get_model_class(arch)
-        abstract = nnx.eval_shape(lambda: model_class(arch, dtype=dtype, rngs=nnx.Rngs(0), mesh=mesh, kv_scales=kv_scales))
+        abstract = nnx.eval_shape(
+            lambda: model_class(arch, dtype=dtype, rngs=nnx.Rngs(0), mesh=mesh, kv_scales=kv_scales)
+        )
         self._graphdef, state = nnx.split(abstract)
         self._treedef = jax.tree.structure(state)
         variables = {".".join(str(part) for part in path): variable for path, variable in nnx.to_flat_state(state)}
