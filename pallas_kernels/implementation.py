@@ -18,7 +18,7 @@ MOSAIC_GPU_INTERPRET = "mosaic_gpu_interpret"
 
 IMPLEMENTATIONS = (XLA, MOSAIC_GPU, MOSAIC_GPU_INTERPRET)
 
-_MOSAIC_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+_MOSAIC_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16), jnp.dtype(jnp.float8_e4m3fn))
 _MOSAIC_HEAD_DIMS = (64, 128, 256)
 _MOSAIC_MIN_JAX = (0, 11)
 
@@ -56,8 +56,8 @@ def _hopper_or_reason() -> tuple[bool, str | None]:
 def default_implementation(dtype: DTypeLike, head_dim: int) -> str:
     """The attention and KV-write implementation for the default device.
 
-    "mosaic_gpu" on a Hopper GPU with bfloat16 or float16 and a head dim of at most 256, else "xla"; when that happens
-    on a GPU one warning is logged, because it is slow.
+    "mosaic_gpu" on a Hopper GPU with bfloat16, float16 or float8_e4m3fn and a head dim of at most 256, else "xla"; when
+    that happens on a GPU one warning is logged, because it is slow.
 
     Args:
         dtype: Dtype of the KV cache.
@@ -65,7 +65,7 @@ def default_implementation(dtype: DTypeLike, head_dim: int) -> str:
     """
     hopper, reason = _hopper_or_reason()
     if hopper and jnp.dtype(dtype) not in _MOSAIC_DTYPES:
-        reason = f"the kernels take bfloat16 or float16, not {jnp.dtype(dtype).name}"
+        reason = f"the kernels take bfloat16, float16 or float8_e4m3fn, not {jnp.dtype(dtype).name}"
     elif hopper and head_dim > _MOSAIC_HEAD_DIMS[-1]:
         reason = f"the kernels take head dims up to {_MOSAIC_HEAD_DIMS[-1]}, not {head_dim}"
     elif hopper:
@@ -100,7 +100,8 @@ def check_mosaic_cache(dtype: DTypeLike, head_dim: int) -> None:
     """NotImplementedError unless the Mosaic GPU kernels can work on a cache of this dtype and head dim."""
     if jnp.dtype(dtype) not in _MOSAIC_DTYPES:
         raise NotImplementedError(
-            f"KV cache dtype is {jnp.dtype(dtype).name}; mosaic_gpu takes bfloat16 or float16, use implementation='xla'"
+            f"KV cache dtype is {jnp.dtype(dtype).name}; mosaic_gpu takes bfloat16, float16 or "
+            "float8_e4m3fn: use implementation='xla'"
         )
     if head_dim not in _MOSAIC_HEAD_DIMS:
         raise NotImplementedError(

@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 def _ask_ptxas_once() -> None:
     """JAX 0.11.2 asks ptxas for its version at each conversion of a bool, 5 ms every time, holding the interpreter."""
-    extension = getattr(_lib, "_mosaic_gpu_ext", None)
+    extension: Any = getattr(_lib, "_mosaic_gpu_ext", None)
     ask = getattr(extension, "_get_ptxas_isa_version", None)
     if ask is not None and not hasattr(ask, "cache_info"):
         extension._get_ptxas_isa_version = functools.cache(ask)

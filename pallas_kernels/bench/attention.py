@@ -30,17 +30,19 @@ class Shape:
     kv_heads: int = 8
     head_dim: int = 128
     block_size: int = 16
+    kv_dtype: str = "bfloat16"
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"{self.batch} x {self.q_len} tokens, context {self.context}, "
             f"{self.heads}/{self.kv_heads}x{self.head_dim}, block {self.block_size}"
         )
+        return text if self.kv_dtype == "bfloat16" else f"{text}, {self.kv_dtype}"
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of the keys and values of the sequences."""
-        return 4 * self.batch * self.context * self.kv_heads * self.head_dim
+        return 2 * self.batch * self.context * self.kv_heads * self.head_dim * jnp.dtype(self.kv_dtype).itemsize
 
     @property
     def flops(self) -> float:
@@ -60,6 +62,8 @@ DECODE = (
     Shape(64, 1, 2048, kv_heads=32),
     Shape(64, 1, 2048, head_dim=64),
     Shape(64, 5, 2048),
+    Shape(256, 1, 4096, kv_dtype="float8_e4m3fn"),
+    Shape(64, 1, 2048, kv_dtype="float8_e4m3fn"),
 )
 PREFILL = (
     Shape(1, 8192, 8192),
@@ -68,6 +72,7 @@ PREFILL = (
     Shape(1, 2048, 18432),
     Shape(1, 8192, 8192, block_size=64),
     Shape(1, 8192, 8192, heads=16, head_dim=256),
+    Shape(1, 8192, 8192, kv_dtype="float8_e4m3fn"),
 )
 
 
@@ -80,7 +85,7 @@ def plan(implementation: str | None, shape: Shape, num_tokens: int, *metadata: j
         num_kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         block_size=shape.block_size,
-        dtype=jnp.bfloat16,
+        dtype=shape.kv_dtype,
         decode_only=decode_only,
         max_decode_tokens=shape.q_len if decode_only else 1,
         implementation=implementation,
@@ -104,7 +109,8 @@ def paged_arguments(shape: Shape, seed: int) -> tuple:
         np.arange(shape.batch + 1, dtype=np.int32) * np.int32(shape.q_len),
         np.full(shape.batch, shape.context, np.int32),
     )
-    return q, normal(cache, seed=seed + 1), normal(cache, seed=seed + 2), *map(jnp.asarray, metadata)
+    caches = [normal(cache, shape.kv_dtype, seed + i) for i in (1, 2)]
+    return q, *caches, *map(jnp.asarray, metadata)
 
 
 def planned_arguments(shape: Shape, decode: bool, seed: int) -> tuple:
@@ -122,7 +128,7 @@ def dense_cudnn(shape: Shape) -> Callable | None:
 
     None where cuDNN has no such mask: causal with fewer queries than keys, but for one query.
     """
-    if shape.q_len not in (1, shape.context):
+    if shape.q_len not in (1, shape.context) or shape.kv_dtype != "bfloat16":
         return None
 
     def attend(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, *_: jax.Array) -> jax.Array:
@@ -205,10 +211,15 @@ def _mixed_arguments(seed: int) -> tuple:
     kv_lens, cu_q_lens = jnp.asarray(lens, jnp.int32), jnp.asarray(starts, jnp.int32)
     one = slice(MIXED_DECODES, MIXED_DECODES + 1)
     num_tokens = MIXED_DECODES + MIXED_CHUNK
+    prompt_starts = jnp.array([0, MIXED_CHUNK], jnp.int32)
+
+    def planned(num_tokens: int, decode_only: bool, *metadata: jax.Array) -> Any:
+        return jax.jit(functools.partial(plan, None, shape, num_tokens, decode_only=decode_only))(*metadata)
+
     plans = (
-        plan(None, shape, num_tokens, tables, rows, cu_q_lens, kv_lens, decode_only=False),
-        plan(None, shape, MIXED_DECODES, tables, rows[:-1], cu_q_lens[:-1], kv_lens[:-1], decode_only=True),
-        plan(None, shape, MIXED_CHUNK, tables, rows[one], jnp.array([0, MIXED_CHUNK]), kv_lens[one], decode_only=False),
+        planned(num_tokens, False, tables, rows, cu_q_lens, kv_lens),
+        planned(MIXED_DECODES, True, tables, rows[:-1], cu_q_lens[:-1], kv_lens[:-1]),
+        planned(MIXED_CHUNK, False, tables, rows[one], prompt_starts, kv_lens[one]),
     )
     return normal((num_tokens, shape.heads, shape.head_dim), seed=seed), k_cache, v_cache, plans
 
@@ -230,13 +241,14 @@ CANDIDATES = (
 
 def _tuned() -> list[Tuned]:
     cases = {}
-    for shape in DECODE:  # of cases that differ in the context alone the last one, with the longest
+    bf16 = [shape for shape in DECODE if shape.kv_dtype == "bfloat16"]
+    for shape in bf16:  # of cases that differ in the context alone the last one, with the longest
         static = DecodeShape(
             shape.batch * shape.q_len, shape.heads, shape.kv_heads, shape.head_dim, shape.block_size, shape.q_len
         )
-        exact, sizes = hopper.decode_case(static, shape.batch)
+        exact, sizes = hopper.decode_case(static, shape.batch, shape.kv_dtype)
         fitting = [config for config in CANDIDATES if _fits(config, static)]
-        candidates = [hopper.default_decode_config(static, shape.batch), *fitting]
+        candidates = [hopper.default_decode_config(static, shape.batch, shape.kv_dtype), *fitting]
         timed = functools.partial(_timed_config, shape, static)
         cases[str((exact, sizes))] = Tuned(hopper.DECODE_KERNEL, exact, sizes, candidates, timed)
     return list(cases.values())
@@ -313,7 +325,7 @@ PREFILL_ATTENTION = Op("prefill", lambda: _timed(PREFILL, decode=False), _no_tun
 def torch_seconds(case: Timed) -> float | None:
     """Time of torch's scaled_dot_product_attention on the shape of an attention case; None where it does not apply."""
     shape = next((s for s in (*DECODE, *PREFILL) if str(s) == case.name), None)
-    if shape is None or shape.q_len not in (1, shape.context):
+    if shape is None or dense_cudnn(shape) is None:
         return None
     try:
         import torch  # pyright: ignore[reportMissingImports]

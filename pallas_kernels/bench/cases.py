@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -70,8 +71,9 @@ def normal(shape: Sequence[int], dtype: Any = jnp.bfloat16, seed: int = 0) -> ja
     return _normal(jax.random.key(seed), tuple(shape), jnp.dtype(dtype))
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    return jax.jit(lambda key: jax.random.normal(key, shape, jnp.float32).astype(dtype))(key)
+    return jax.random.normal(key, shape, jnp.float32).astype(dtype)
 
 
 def relative_error(got: Any, wanted: Any) -> float:

@@ -14,6 +14,7 @@ from pallas_kernels.implementation import (
     checked_implementation,
     default_implementation,
 )
+from pallas_kernels.kv_scales import check_scale, stored
 from pallas_kernels.kv_write import xla
 from pallas_kernels.validation import check_array, check_caches
 
@@ -25,6 +26,8 @@ def write_kv(
     v: jax.Array,
     slots: jax.Array,
     *,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Writes token t's key and value at slots[t] = block_id * block_size + offset; a negative slot skips the token.
@@ -36,9 +39,11 @@ def write_kv(
     Args:
         k_cache: [num_blocks, KVH, block_size, D].
         v_cache: Like k_cache.
-        k: [T, KVH, D], converted to the dtype of the cache.
+        k: [T, KVH, D], converted to the dtype of the cache; to float8_e4m3fn it saturates.
         v: Like k.
         slots: i32[T].
+        k_scale: f32[KVH], the cache holds k / k_scale; None: 1.
+        v_scale: The same for v.
         implementation: One of IMPLEMENTATIONS; None takes the default for the device.
 
     Returns:
@@ -57,13 +62,24 @@ def write_kv(
         implementation = default_implementation(k_cache.dtype, head_dim)
     if checked_implementation(implementation) != XLA:
         check_mosaic_cache(k_cache.dtype, head_dim)
-    return _write_kv(k_cache, v_cache, k, v, slots, implementation=implementation)
+    check_scale("k_scale", k_scale, num_kv_heads)
+    check_scale("v_scale", v_scale, num_kv_heads)
+    return _write_kv(k_cache, v_cache, k, v, slots, k_scale, v_scale, implementation=implementation)
 
 
 @functools.partial(jax.jit, static_argnames=("implementation",))
 def _write_kv(
-    k_cache: jax.Array, v_cache: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array, *, implementation: str
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    slots: jax.Array,
+    k_scale: jax.Array | None,
+    v_scale: jax.Array | None,
+    *,
+    implementation: str,
 ) -> tuple[jax.Array, jax.Array]:
+    k, v = stored(k, k_scale, k_cache.dtype), stored(v, v_scale, v_cache.dtype)
     if implementation == XLA:
         return xla.write_kv(k_cache, v_cache, k, v, slots)
     from pallas_kernels.kv_write import mosaic_registers

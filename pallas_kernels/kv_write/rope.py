@@ -14,6 +14,7 @@ from pallas_kernels.implementation import (
     checked_implementation,
     default_implementation,
 )
+from pallas_kernels.kv_scales import check_scale, stored
 from pallas_kernels.kv_write import xla
 from pallas_kernels.validation import check_array, check_caches
 
@@ -31,6 +32,8 @@ def rope_write_kv(
     q_norm: jax.Array | None = None,
     k_norm: jax.Array | None = None,
     eps: float = 1e-6,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rotates a step's queries and keys and writes keys and values at slots[t] = block_id * block_size + offset.
@@ -50,6 +53,8 @@ def rope_write_kv(
         q_norm: [D], or None.
         k_norm: [D]; given if and only if q_norm is.
         eps: Added to the mean square.
+        k_scale: f32[KVH], the cache holds keys / k_scale; None: 1.
+        v_scale: The same for values.
         implementation: One of IMPLEMENTATIONS; None takes the default for the device.
 
     Returns:
@@ -64,9 +69,10 @@ def rope_write_kv(
         implementation = default_implementation(k_cache.dtype, k_cache.shape[3])
     if checked_implementation(implementation) != XLA:
         check_mosaic_cache(k_cache.dtype, k_cache.shape[3])
-    return _rope_write_kv(
-        qkv, cos, sin, k_cache, v_cache, slots, q_norm, k_norm, eps=float(eps), implementation=implementation
-    )
+    check_scale("k_scale", k_scale, k_cache.shape[1])
+    check_scale("v_scale", v_scale, k_cache.shape[1])
+    arguments = (qkv, cos, sin, k_cache, v_cache, slots, q_norm, k_norm, k_scale, v_scale)
+    return _rope_write_kv(*arguments, eps=float(eps), implementation=implementation)
 
 
 def _check(
@@ -115,19 +121,23 @@ def _rope_write_kv(
     slots: jax.Array,
     q_norm: jax.Array | None,
     k_norm: jax.Array | None,
+    k_scale: jax.Array | None,
+    v_scale: jax.Array | None,
     *,
     eps: float,
     implementation: str,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     heads = qkv if isinstance(qkv, tuple) else (qkv,)
-    if implementation == XLA:
-        return xla.rope_write_kv(qkv, cos, sin, k_cache, v_cache, slots, q_norm, k_norm, eps=eps)
     interpret = implementation == MOSAIC_GPU_INTERPRET
-    if heads[0].dtype != k_cache.dtype or heads[0].shape[-1] != k_cache.shape[-1]:
+    scaled = k_scale is not None or v_scale is not None
+    if implementation == XLA or heads[0].dtype != k_cache.dtype or heads[0].shape[-1] != k_cache.shape[-1] or scaled:
         # Not worth a kernel: XLA rotates, pads and converts, the kernel writes.
+        q, k, v = xla.turned_heads(qkv, cos, sin, q_norm, k_norm, eps=eps, head_dim=k_cache.shape[-1])
+        k, v = stored(k, k_scale, k_cache.dtype), stored(v, v_scale, v_cache.dtype)
+        if implementation == XLA:
+            return q, *xla.write_kv(k_cache, v_cache, k, v, slots)
         from pallas_kernels.kv_write import mosaic_registers
 
-        q, k, v = xla.turned_heads(qkv, cos, sin, q_norm, k_norm, eps=eps, head_dim=k_cache.shape[-1])
         return q, *mosaic_registers.write_kv(k_cache, v_cache, k, v, slots, interpret=interpret)
     from pallas_kernels.kv_write import mosaic_rope
 

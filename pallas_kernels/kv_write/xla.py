@@ -21,23 +21,6 @@ def write_kv(
     return scatter(k_cache, k), scatter(v_cache, v)
 
 
-def rope_write_kv(
-    qkv: jax.Array | tuple[jax.Array, jax.Array, jax.Array],
-    cos: jax.Array,
-    sin: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
-    slots: jax.Array,
-    q_norm: jax.Array | None,
-    k_norm: jax.Array | None,
-    *,
-    eps: float,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See rope.rope_write_kv."""
-    q, k, v = turned_heads(qkv, cos, sin, q_norm, k_norm, eps=eps, head_dim=k_cache.shape[-1])
-    return q, *write_kv(k_cache, v_cache, k, v, slots)
-
-
 def turned_heads(
     qkv: jax.Array | tuple[jax.Array, jax.Array, jax.Array],
     cos: jax.Array,

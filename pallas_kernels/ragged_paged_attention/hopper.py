@@ -8,11 +8,15 @@ the decode kernel where it has a near case.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels import tuning
+from pallas_kernels.kv_scales import is_fp8
 from pallas_kernels.ragged_paged_attention.plan_decode import (
     TILE_ROWS,
     DecodeConfig,
@@ -30,6 +34,7 @@ DECODE_KERNEL = "decode_attention"
 """Its name in the files of `tuned/`."""
 
 _FEW_SEQUENCES = 8
+_F16_MAX = 65504.0
 _INTERPRETED_CTAS = 2  # the interpreter runs a thread for each of their warpgroups
 
 
@@ -49,17 +54,21 @@ class HopperPlan:
     interpret: bool = dataclasses.field(metadata={"static": True})
 
 
-def decode_config(shape: DecodeShape, num_seqs: int) -> DecodeConfig:
-    """The configuration for up to num_seqs sequences: of the nearest tuned case, or default_decode_config's.
+def decode_config(shape: DecodeShape, num_seqs: int, dtype: DTypeLike) -> DecodeConfig:
+    """The configuration for up to num_seqs sequences and a cache of this dtype: of the nearest tuned case, or
+    default_decode_config's.
 
     Raises:
         NotImplementedError: No configuration fits.
     """
-    exact, sizes = decode_case(shape, num_seqs)
-    return tuning.lookup(DECODE_KERNEL, DecodeConfig, exact, sizes, lambda: default_decode_config(shape, num_seqs))
+    exact, sizes = decode_case(shape, num_seqs, dtype)
+    default = functools.partial(default_decode_config, shape, num_seqs, dtype)
+    return tuning.lookup(DECODE_KERNEL, DecodeConfig, exact, sizes, default)
 
 
-def decode_case(shape: DecodeShape, num_seqs: int) -> tuple[dict[str, int | str | bool], dict[str, int]]:
+def decode_case(
+    shape: DecodeShape, num_seqs: int, dtype: DTypeLike
+) -> tuple[dict[str, int | str | bool], dict[str, int]]:
     """(facts, sizes) under which the files of `tuned/` know a step."""
     exact: dict[str, int | str | bool] = {
         "head_dim": shape.head_dim,
@@ -67,28 +76,35 @@ def decode_case(shape: DecodeShape, num_seqs: int) -> tuple[dict[str, int | str 
         "group": shape.group_size,
         "block_size": shape.block_size,
         "max_q_len": shape.max_q_len,
+        "fp8": is_fp8(dtype),
     }
     return exact, {"seqs": num_seqs}
 
 
-def default_decode_config(shape: DecodeShape, num_seqs: int) -> DecodeConfig:
+def default_decode_config(shape: DecodeShape, num_seqs: int, dtype: DTypeLike) -> DecodeConfig:
     """The configuration of a case that is not tuned.
 
     Raises:
         NotImplementedError: The query heads of one KV head are more than the rows of a tile.
     """
     few = num_seqs <= _FEW_SEQUENCES
-    if shape.max_q_len > 1:
-        options = {64: {"stages": 5, "streams": 2}, 128: {"stages": 6}}[shape.head_dim]
+    if is_fp8(dtype):
+        options = {
+            64: {"stages": 6, "streams": 2, "converted": 2} if few else {"stages": 5, "streams": 3, "staged": 32},
+            128: {"stages": 7, "converted": 2, "unroll": 16} if few else {"stages": 3, "streams": 2, "staged": 32},
+            256: {"stages": 5, "columns": 64},
+        }
+    elif shape.max_q_len > 1:
+        options = {64: {"stages": 5, "streams": 2}, 128: {"stages": 6}}
     else:
         options = {
             64: {"stages": 5, "streams": 2} if few else {"stages": 3, "streams": 3},
             128: {"stages": 5, "staged": 128, "unroll": 32} if few else {"stages": 2, "streams": 2},
             256: {"stages": 5, "columns": 64},
-        }[shape.head_dim]
+        }
     best = None
     for heads in (2, 4, 1) if few else (8, 4, 2, 1):
-        config = DecodeConfig(heads=heads, **options)
+        config = DecodeConfig(heads=heads, **options[shape.head_dim])
         try:
             fits = tiling(config, shape)
         except ValueError:
@@ -104,9 +120,10 @@ def default_decode_config(shape: DecodeShape, num_seqs: int) -> DecodeConfig:
     )
 
 
-def _decode_tokens(group: int, head_dim: int, wanted: int) -> int:
-    """Most query tokens of a sequence that the decode kernel takes; at head dim 256 more than one spill registers."""
-    if head_dim == 256:
+def _decode_tokens(group: int, head_dim: int, dtype: DTypeLike, wanted: int) -> int:
+    """Most query tokens of a sequence that the decode kernel takes; at head dim 256 and with fp8 more than one spill
+    registers."""
+    if head_dim == 256 or is_fp8(dtype):
         return 1
     return max(1, min(wanted, TILE_ROWS // (-(-group // 8) * 8)))
 
@@ -119,6 +136,7 @@ def plan_hopper(
     num_kv_heads: int,
     head_dim: int,
     block_size: int,
+    dtype: DTypeLike,
     decode_only: bool,
     max_decode_tokens: int,
     sliding_windows: Sequence[int | None],
@@ -129,9 +147,9 @@ def plan_hopper(
     Raises:
         NotImplementedError: The kernels cannot serve this shape.
     """
-    decode_tokens = _decode_tokens(num_q_heads // num_kv_heads, head_dim, max_decode_tokens)
+    decode_tokens = _decode_tokens(num_q_heads // num_kv_heads, head_dim, dtype, max_decode_tokens)
     shape = DecodeShape(num_tokens, num_q_heads, num_kv_heads, head_dim, block_size, decode_tokens)
-    config = decode_config(shape, metadata[1].shape[0])
+    config = decode_config(shape, metadata[1].shape[0], dtype)
     if interpret:
         config = dataclasses.replace(config, ctas=_INTERPRETED_CTAS)
     shapes = [dataclasses.replace(shape, sliding_window=window) for window in sliding_windows]
@@ -140,7 +158,7 @@ def plan_hopper(
         prefill = plan_prefill(
             *metadata,
             num_tokens=num_tokens,
-            tile_tokens=_prefill_config(head_dim, interpret).tile_tokens,
+            tile_tokens=_prefill_config(head_dim, dtype, interpret).tile_tokens,
             block_size=block_size,
             min_tokens=decode_tokens + 1,
         )
@@ -148,10 +166,10 @@ def plan_hopper(
     return HopperPlan(decodes, prefill, interpret)
 
 
-def _prefill_config(head_dim: int, interpret: bool):
+def _prefill_config(head_dim: int, dtype: DTypeLike, interpret: bool):
     from pallas_kernels.ragged_paged_attention.mosaic_prefill import default_config
 
-    config = default_config(head_dim)
+    config = default_config(head_dim, dtype)
     return dataclasses.replace(config, num_ctas=_INTERPRETED_CTAS) if interpret else config
 
 
@@ -175,7 +193,11 @@ def attention(
     from pallas_kernels.ragged_paged_attention.mosaic_decode import decode_attention
     from pallas_kernels.ragged_paged_attention.mosaic_prefill import prefill_attention
 
-    if q.dtype != k_cache.dtype:
+    dtype = q.dtype
+    if is_fp8(k_cache.dtype):
+        # The kernels turn the cache into float16, which holds every e4m3 number; so must the queries be.
+        q = jnp.clip(q.astype(jnp.float32), -_F16_MAX, _F16_MAX).astype(jnp.float16)
+    elif q.dtype != k_cache.dtype:
         raise NotImplementedError(
             f"q is {q.dtype.name} and the KV cache {k_cache.dtype.name}; mosaic_gpu needs one dtype, xla takes both"
         )
@@ -188,7 +210,7 @@ def attention(
     decode = planned[sliding_window]
     output = decode_attention(q, k_cache, v_cache, decode, zero_padding=plan.prefill is None, **options)
     if plan.prefill is None:
-        return output
-    config = _prefill_config(q.shape[2], plan.interpret)
+        return output.astype(dtype)
+    config = _prefill_config(q.shape[2], k_cache.dtype, plan.interpret)
     options = {**options, "sliding_window": sliding_window, "config": config}
-    return prefill_attention(q, k_cache, v_cache, plan.prefill, output, **options)
+    return prefill_attention(q, k_cache, v_cache, plan.prefill, output, **options).astype(dtype)

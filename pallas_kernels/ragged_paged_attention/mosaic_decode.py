@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.kv_scales import is_fp8
 from pallas_kernels.mosaic import interpret_params
 from pallas_kernels.ragged_paged_attention.mosaic_decode_combine import combine
 from pallas_kernels.ragged_paged_attention.mosaic_decode_kernel import kernel
@@ -45,7 +46,7 @@ def decode_attention(
     """Attention of the sequences of a decode plan; see api.ragged_paged_attention for the arguments.
 
     Args:
-        q: [T, H, D].
+        q: [T, H, D] in the dtype of the cache, float16 for a cache of float8_e4m3fn.
         k_cache: [num_blocks, KVH, block_size, D].
         v_cache: Like k_cache.
         plan: From plan_decode.
@@ -89,15 +90,19 @@ def _launch(static: Kernel, arguments: list[Any], has_sinks: bool) -> list[jax.A
         jax.ShapeDtypeStruct((pieces, TILE_ROWS), jnp.float32),
     ]
     swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
-    slots, ring = config.streams * config.stages, (config.columns, shape.head_dim)
+    slots, tile = config.streams * config.stages, (config.columns, shape.head_dim)
+    cache_dtype = arguments[4].dtype
     scratch = {
         "q_smem": plgpu.SMEM((config.streams, TILE_ROWS, shape.head_dim), q.dtype, transforms=swizzled),
         "q_barriers": plgpu.Barrier(num_arrivals=shape.max_q_len, num_barriers=config.streams),
-        "ring": plgpu.SMEM((slots, *ring), q.dtype, transforms=swizzled),
+        "ring": plgpu.SMEM((slots, *tile), cache_dtype, transforms=() if is_fp8(cache_dtype) else swizzled),
         "full": plgpu.Barrier(num_arrivals=tiles.boxes, num_barriers=slots),
         "empty": plgpu.Barrier(num_barriers=slots),
         "staged": plgpu.SMEM((config.streams, TILE_ROWS, min(config.staged, shape.head_dim)), jnp.float32),
     }
+
+    if is_fp8(cache_dtype):
+        scratch["converted"] = plgpu.SMEM((config.streams * config.converted, *tile), q.dtype, transforms=swizzled)
 
     def body(streams, seqs, tables, q_gmem, k_gmem, v_gmem, *refs, **scratch) -> None:
         sinks, *refs = refs if has_sinks else (None, *refs)

@@ -16,31 +16,41 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic import divide_registers, over_columns
+from pallas_kernels.ragged_paged_attention.mosaic_decode_fp8 import fp8_tile_step
 from pallas_kernels.ragged_paged_attention.mosaic_decode_tile import Item, Kernel, start, tile_step
 from pallas_kernels.ragged_paged_attention.plan_decode import Seq, Stream
 
-# Of a thread that computes and one that loads, by streams; 1: no limit.
-_REGISTERS = {2: divide_registers(224, 2, 56), 3: divide_registers(160, 3, 32)}
+_MANY_BOXES = 8  # of a tile: a warp that loads then needs more registers
+
+
+def _registers(static: Kernel) -> tuple[int, int] | None:
+    """Of a thread that computes and of one that loads; None: no limit."""
+    streams = static.config.streams
+    if streams == 1:
+        return None
+    if streams == 3:
+        return divide_registers(160, 3, 32)
+    return divide_registers(224, 2, 56) if static.tiles.boxes >= _MANY_BOXES else divide_registers(232, 2, 40)
 
 
 def kernel(
     static: Kernel, streams, seqs, tables, q_gmem, k_gmem, v_gmem, sinks, out, partial, lse, **scratch: Any
 ) -> None:
     """Body of one CTA: warpgroups 0 .. streams - 1 compute, a warp of the last one loads for each of them."""
-    config = static.config
+    config, registers = static.config, _registers(static)
     wg, cta = lax.axis_index("wg"), lax.axis_index("cta")
 
     @pl.when(wg < config.streams)
     def _compute():
-        if config.streams in _REGISTERS:
-            plgpu.set_max_registers(_REGISTERS[config.streams][0], action="increase")
+        if registers is not None:
+            plgpu.set_max_registers(registers[0], action="increase")
         stream = wg * config.ctas + cta
         _consume(static, wg, stream, streams, seqs, q_gmem, sinks, out, partial, lse, **scratch)
 
     @pl.when(wg == config.streams)
     def _load():
-        if config.streams in _REGISTERS:
-            plgpu.set_max_registers(_REGISTERS[config.streams][1], action="decrease")
+        if registers is not None:
+            plgpu.set_max_registers(registers[1], action="decrease")
 
         @plgpu.warp_map
         def _warp(warp):
@@ -148,10 +158,13 @@ def _consume(
     full: Any,
     empty: Any,
     staged: Any,
+    converted: Any = None,
 ) -> None:
     """Attends to the tiles of the stream and writes an output or a piece for each item."""
     tiles, tokens = static.tiles, static.shape.max_q_len
     q_smem, staged = q_smem.at[index], staged.at[index]
+    count = static.config.converted
+    converted = () if converted is None else tuple(converted.at[index * count + i] for i in range(count))
 
     def load_queries(item: Item) -> None:
         for i in range(tokens):  # past the sequence's end other tokens, which are never written
@@ -165,7 +178,10 @@ def _consume(
 
         def step(i: Any, carry: Any, *, masked: bool) -> Any:
             slots = tuple(_slot(static, 2 * (done + i) + j, index) for j in range(2))
-            return tile_step(static, item, item.first + i, carry, q_smem, ring, full, empty, slots, masked=masked)
+            rings = (q_smem, ring, full, empty, slots)
+            if converted:
+                return fp8_tile_step(static, item, item.first + i, carry, converted, *rings, masked=masked)
+            return tile_step(static, item, item.first + i, carry, *rings, masked=masked)
 
         unmasked = jnp.int32(0)
         carry = start(static, item, sinks)

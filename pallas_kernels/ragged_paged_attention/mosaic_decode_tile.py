@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,6 +24,9 @@ from pallas_kernels.ragged_paged_attention.plan_decode import TILE_ROWS, DecodeC
 LOG2E = math.log2(math.e)
 _MASKED = -1e30
 _ZERO_SIDE = 64  # rows and columns rewritten at a time, to spare registers
+
+#: Sum of weighted values f32[64, D], maximum f32[64] and sum f32[64] of weights.
+Carry = tuple[jax.Array, jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Item:
         return self.count == self.tiles
 
 
-def start(static: Kernel, item: Item, sinks: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+def start(static: Kernel, item: Item, sinks: Any) -> Carry:
     """(sum of weighted values, maximum, sum of weights) before the first tile; a sink is a key without a value."""
     rows = plgpu.Layout.WGMMA.reduce(1)
     maximum = plgpu.layout_cast(jnp.full((TILE_ROWS,), _MASKED, jnp.float32), rows)
@@ -73,11 +77,15 @@ def start(static: Kernel, item: Item, sinks: Any) -> tuple[jax.Array, jax.Array,
     return plgpu.layout_cast(zeros, plgpu.Layout.WGMMA), maximum, total
 
 
+def tile_first_key(static: Kernel, item: Item, tile: Any) -> Any:
+    return (item.first_cell + tile * static.tiles.boxes) * static.tiles.cell
+
+
 def tile_step(
     static: Kernel,
     item: Item,
     tile: Any,
-    carry: Any,
+    carry: Carry,
     q_smem: Any,
     ring: Any,
     full: Any,
@@ -85,38 +93,45 @@ def tile_step(
     slots: tuple[Any, Any],
     *,
     masked: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> Carry:
     """One step of the online softmax: the tile's K is in the first slot, its V in the second."""
-    accumulator, maximum, total = carry
     k_slot, v_slot = slots
-    first_key = (item.first_cell + tile * static.tiles.boxes) * static.tiles.cell
+    first_key = tile_first_key(static, item, tile)
 
     if masked:  # before the scores take registers
         plgpu.barrier_wait(full.at[v_slot])
-        _zero_unused_values(static, item, ring.at[v_slot], first_key)
+        zero_unused_values(static, item, ring.at[v_slot], first_key)
     plgpu.barrier_wait(full.at[k_slot])
-    scores = _scores(static, q_smem, ring.at[k_slot])
+    scores = scores_of(static, q_smem, ring.at[k_slot])
     plgpu.barrier_arrive(empty.at[k_slot])
-    scores = _mask(static, item, first_key, scores, masked=masked)
+    carry, weights = softmax(carry, mask(static, item, first_key, scores, masked=masked))
+    accumulator, maximum, total = carry
 
+    if not masked:
+        plgpu.barrier_wait(full.at[v_slot])
+    accumulator = add_product(static, accumulator, weights.astype(q_smem.dtype), ring.at[v_slot])
+    plgpu.barrier_arrive(empty.at[v_slot])
+    return accumulator, maximum, total
+
+
+def softmax(carry: Carry, scores: jax.Array) -> tuple[Carry, jax.Array]:
+    """The carry after these scores, without the product of their weights and values, and the weights."""
+    accumulator, maximum, total = carry
     new_maximum = jnp.maximum(maximum, scores.max(axis=1))
     correction = jnp.exp2(maximum - new_maximum)
     weights = jnp.exp2(scores - over_columns(new_maximum, scores.shape))
     total = total * correction + weights.sum(axis=1)
     accumulator = accumulator * over_columns(correction, accumulator.shape)
-
-    if not masked:
-        plgpu.barrier_wait(full.at[v_slot])
-    accumulator = _add_product(static, accumulator, weights.astype(q_smem.dtype), ring.at[v_slot])
-    plgpu.barrier_arrive(empty.at[v_slot])
-    return accumulator, new_maximum, total
+    return (accumulator, new_maximum, total), weights
 
 
-def _scores(static: Kernel, q_smem: Any, k_smem: Any) -> jax.Array:
-    """f32[64, columns] scores times log2(e), soft-capped."""
+def scores_of(static: Kernel, q_smem: Any, k_smem: Any, meanwhile: Callable[[], None] | None = None) -> jax.Array:
+    """f32[64, columns] scores times log2(e), soft-capped; `meanwhile` runs during the product."""
 
     def product(accumulator: Any) -> jax.Array:
         plgpu.wgmma(accumulator, q_smem, k_smem.transpose((1, 0)))
+        if meanwhile is not None:
+            meanwhile()
         return accumulator[...]
 
     shape = (TILE_ROWS, static.config.columns)
@@ -131,7 +146,7 @@ def _iota(static: Kernel, axis: int) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
 
-def _mask(static: Kernel, item: Item, first_key: Any, scores: jax.Array, *, masked: bool) -> jax.Array:
+def mask(static: Kernel, item: Item, first_key: Any, scores: jax.Array, *, masked: bool) -> jax.Array:
     """The scores, _MASKED where a row does not see a key: another head's, and if `masked` a later or too old one.
 
     Written so that the compiler sees constants: what depends on the thread is the column's last three bits only.
@@ -156,13 +171,19 @@ def _mask(static: Kernel, item: Item, first_key: Any, scores: jax.Array, *, mask
     return scores
 
 
-def _zero_unused_values(static: Kernel, item: Item, v_smem: Any, first_key: Any) -> None:
-    """Zeroes the values that no row sees: their weight is 0, but an unwritten slot may hold NaN."""
-    tiles, begin = static.tiles, jnp.int32(0)
+def visible_keys(static: Kernel, item: Item) -> tuple[Any, Any]:
+    """[begin, end): the keys that some row of the item sees."""
+    begin = jnp.int32(0)
     if static.shape.sliding_window is not None:
         begin = jnp.maximum(item.kv_len - item.q_len - (static.shape.sliding_window - 1), 0)
+    return begin, item.kv_len
 
-    @pl.when((first_key + tiles.tile_keys > item.kv_len) | (first_key < begin))
+
+def zero_unused_values(static: Kernel, item: Item, v_smem: Any, first_key: Any) -> None:
+    """Zeroes the values that no row sees: their weight is 0, but an unwritten slot may hold NaN."""
+    tiles, (begin, end) = static.tiles, visible_keys(static, item)
+
+    @pl.when((first_key + tiles.tile_keys > end) | (first_key < begin))
     def _():
         side, parts = _ZERO_SIDE, static.shape.head_dim // _ZERO_SIDE
 
@@ -172,13 +193,13 @@ def _zero_unused_values(static: Kernel, item: Item, v_smem: Any, first_key: Any)
             key = first_key + row // tiles.box_rows * tiles.cell + lax.rem(row, tiles.cell)
             part = v_smem.at[pl.ds(start, side), pl.ds(column, side)]
             values = load(part, plgpu.Layout.WGMMA)
-            part[...] = jnp.where((key >= begin) & (key < item.kv_len), values, jnp.zeros_like(values))
+            part[...] = jnp.where((key >= begin) & (key < end), values, jnp.zeros_like(values))
 
         lax.fori_loop(0, static.config.columns // side * parts, one_part, None)
         plgpu.commit_smem()
 
 
-def _add_product(static: Kernel, accumulator: jax.Array, weights: jax.Array, v_smem: Any) -> jax.Array:
+def add_product(static: Kernel, accumulator: jax.Array, weights: jax.Array, v_smem: Any) -> jax.Array:
     """accumulator + weights @ values. Nothing may come between this wgmma and its wait.
 
     The weights are the wgmma's operand in registers, and ptxas before CUDA 13.3 may hand those registers to later

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
+from pallas_kernels.kv_scales import is_fp8
 from pallas_kernels.mosaic import divide_registers, interpret_params
 from pallas_kernels.ragged_paged_attention.mosaic_prefill_common import (
     OUTPUT_COLUMNS,
@@ -26,6 +28,7 @@ from pallas_kernels.ragged_paged_attention.mosaic_prefill_common import (
     Problem,
 )
 from pallas_kernels.ragged_paged_attention.mosaic_prefill_compute import Warpgroup
+from pallas_kernels.ragged_paged_attention.mosaic_prefill_fp8 import produce_fp8
 from pallas_kernels.ragged_paged_attention.mosaic_prefill_producer import produce
 from pallas_kernels.ragged_paged_attention.plan_prefill import ROW_ALIGNMENT, PrefillPlan
 
@@ -47,7 +50,7 @@ def prefill_attention(
     """Causal attention of the plan's tokens over the paged KV cache, which already holds the step's keys and values.
 
     Args:
-        q: [T, H, D].
+        q: [T, H, D] in the dtype of the cache, float16 for a cache of float8_e4m3fn.
         k_cache: [num_blocks, KVH, block_size, D].
         v_cache: Like k_cache.
         plan: From plan_prefill, for this step.
@@ -65,7 +68,7 @@ def prefill_attention(
         q = jnp.pad(q, rows)
         output = None if output is None else jnp.pad(output, rows)
     group = num_heads // k_cache.shape[1]
-    config = config or default_config(head_dim)
+    config = config or default_config(head_dim, k_cache.dtype)
     _check(config, group)
     if plan.tile_tokens != config.tile_tokens:
         raise ValueError(f"the plan is for tiles of {plan.tile_tokens} tokens; the config has {config.tile_tokens}")
@@ -85,15 +88,19 @@ def prefill_attention(
     sink_logits = jnp.zeros(1, jnp.float32) if sinks is None else sinks
     arguments = (plan.block_tables, plan.tiles, plan.num_tiles, q, k_cache, v_cache, sink_logits)
     reference = jax.new_ref(jnp.empty_like(q) if output is None else output)
-    _launch(config, problem, q.dtype)(*arguments, reference)
+    _launch(config, problem, q.dtype, k_cache.dtype)(*arguments, reference)
     return jax.freeze(reference)[:num_tokens]
 
 
-def default_config(head_dim: int) -> Config:
+def default_config(head_dim: int, cache_dtype: DTypeLike) -> Config:
     """The configuration for long chunks: the best of the sweep in pallas_kernels/README.md; at 256 what fits."""
+    config = Config(overlap=False, take_turns=False)
     if head_dim == 256:
-        return Config(tile_keys=64, overlap=False, take_turns=False)
-    return Config(overlap=False, take_turns=False)
+        config = dataclasses.replace(config, tile_keys=64)
+    if is_fp8(cache_dtype):  # the producer converts, and the tiles as they arrive take shared memory
+        options = {"stages": 1} if head_dim == 256 else {"registers": (216, 72)}
+        config = dataclasses.replace(config, **options)
+    return config
 
 
 def _check(config: Config, group: int) -> None:
@@ -106,7 +113,7 @@ def _check(config: Config, group: int) -> None:
         raise ValueError(f"an item has {config.heads} heads; the group of {group} heads is no multiple of it")
 
 
-def _launch(config: Config, problem: Problem, dtype: jnp.dtype):
+def _launch(config: Config, problem: Problem, dtype: jnp.dtype, cache_dtype: jnp.dtype):
     swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
     rows_shape = (config.warpgroups, WARPGROUP_ROWS, problem.head_dim)
     kv_shape = (config.stages, config.tile_keys, problem.head_dim)
@@ -120,9 +127,12 @@ def _launch(config: Config, problem: Problem, dtype: jnp.dtype):
         ),
         "q_full": plgpu.Barrier(num_arrivals=config.segments, num_barriers=config.warpgroups),
         "q_free": plgpu.Barrier(num_barriers=config.warpgroups),
-        "kv_full": plgpu.Barrier(num_arrivals=copies, num_barriers=2 * config.stages + 1),
+        "kv_full": plgpu.Barrier(num_arrivals=1 if is_fp8(cache_dtype) else copies, num_barriers=2 * config.stages + 1),
         "kv_free": plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=2 * config.stages),
     }
+    if is_fp8(cache_dtype):
+        scratch["fp8_smem"] = plgpu.SMEM((2, *kv_shape[1:]), cache_dtype)
+        scratch["fp8_full"] = plgpu.Barrier(num_arrivals=copies, num_barriers=2)
     return plgpu.kernel(
         functools.partial(_kernel, config, problem),
         out_type=(),
@@ -156,7 +166,7 @@ def _kernel(config: Config, problem: Problem, tables, tiles, num_tiles, q, k, v,
     @pl.when(warpgroup == config.warpgroups)
     def _produce():
         plgpu.set_max_registers(registers[1], action="decrease")
-        produce(cta)
+        (produce if cta.fp8_smem is None else produce_fp8)(cta)
 
 
 def _interpret_params():

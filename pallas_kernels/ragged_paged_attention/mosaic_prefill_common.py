@@ -120,6 +120,8 @@ class Cta:
         kv_full: Of the keys' slots, the values' slots, and one for values that the producer changes before it hands
             them on. One array, because each array of barriers costs a register.
         kv_free: Of the keys' slots and the values' slots.
+        fp8_smem: Where the tiles of an fp8 cache arrive: one of keys and one of values.
+        fp8_full: Barriers of these two.
     """
 
     config: Config
@@ -140,6 +142,8 @@ class Cta:
     q_free: Any
     kv_full: Any
     kv_free: Any
+    fp8_smem: Any = None
+    fp8_full: Any = None
 
     def num_items(self) -> Any:
         """Items of this CTA: CTAs take them in rows, every other row backwards, which evens out their lengths."""

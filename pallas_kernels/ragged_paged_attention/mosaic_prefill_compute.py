@@ -193,7 +193,8 @@ class Warpgroup:
             return plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), value, jnp.float32), layout)
 
         if not cta.problem.sinks:
-            return rows(_MASKED), rows(0.0)
+            # Below every masked score, so that a row of padding, which sees nothing, has a sum that is not 0.
+            return rows(2 * _MASKED * max(1.0, cta.problem.factor)), rows(0.0)
         maximum = rows(_MASKED)
         row = plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=layout)
         for segment in range(cta.config.segments):

@@ -5,6 +5,7 @@ Each of its four warps brings a quarter of every tile, one TMA per block of the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from jax import lax
@@ -32,10 +33,10 @@ def produce(cta: Cta) -> None:
 
     items = cta.num_items()
     filled = lax.fori_loop(0, items, one_item, jnp.int32(0))
-    plgpu.warp_map(lambda warp: _drain(cta, items, filled, warp))
+    plgpu.warp_map(lambda warp: drain(cta, items, filled, warp))
 
 
-def _drain(cta: Cta, items: Any, filled: Any, warp: Any) -> None:
+def drain(cta: Cta, items: Any, filled: Any, warp: Any) -> None:
     """Waits until all that was loaded has been used."""
 
     def one_slot(slot: Any, _: Any) -> None:
@@ -48,45 +49,53 @@ def _drain(cta: Cta, items: Any, filled: Any, warp: Any) -> None:
 
 def _load_tile(cta: Cta, item: Item, index: Any, step: Any, count: Any) -> None:
     """Loads the step-th key tile of an item and with the first one the queries; `count` tiles came before."""
-    config, problem = cta.config, cta.problem
+    config = cta.config
     slot, base = cta.slot(count), (item.last - step) * config.tile_keys
     unused = (base + config.tile_keys > item.end) | (base < item.begin)
     v_barrier = cta.kv_full.at[jnp.where(unused, 2 * config.stages, slot + config.stages)]
-    keys, per_warp = config.copy_keys(problem.block_size), config.copies(problem.block_size) // WARPS
-    kv_head = lax.div(item.head, jnp.int32(problem.group))
 
     def one_warp(warp: Any) -> None:
-        rows = [(warp * per_warp + j) * keys for j in range(per_warp)]
-        columns = [lax.div(base + row, jnp.int32(problem.block_size)) for row in rows]
-        blocks = [cta.tables[item.table_row, jnp.minimum(c, cta.tables.shape[1] - 1)] for c in columns]
-
-        def fetch(gmem: Any, smem: Any, barrier: Any) -> None:
-            for row, block in zip(rows, blocks, strict=True):
-                offset = 0
-                if keys < problem.block_size:
-                    part = lax.rem(lax.div(base + row, jnp.int32(keys)), jnp.int32(problem.block_size // keys))
-                    offset = part * keys  # a product: Mosaic must see the alignment
-                source = gmem.at[block, kv_head, pl.ds(offset, keys)]
-                plgpu.copy_gmem_to_smem(source, smem.at[slot, pl.ds(row, keys)], barrier)
+        fetch = fetcher(cta, item, base, warp)
 
         @pl.when(count >= config.stages)
         def _():
             plgpu.barrier_wait(cta.k_free(slot))
 
-        fetch(cta.k_gmem, cta.k_smem, cta.k_full(slot))
-        pl.when(step == 0)(lambda: _load_queries(cta, item, index, warp))
+        fetch(cta.k_gmem, cta.k_smem.at[slot], cta.k_full(slot))
+        pl.when(step == 0)(lambda: load_queries(cta, item, index, warp))
 
         @pl.when(count >= config.stages)
         def _():
             plgpu.barrier_wait(cta.v_free(slot))
 
-        fetch(cta.v_gmem, cta.v_smem, v_barrier)
+        fetch(cta.v_gmem, cta.v_smem.at[slot], v_barrier)
 
     plgpu.warp_map(one_warp)
     pl.when(unused)(lambda: _zero_unused_values(cta, item, slot, base))
 
 
-def _load_queries(cta: Cta, item: Item, index: Any, warp: Any) -> None:
+def fetcher(cta: Cta, item: Item, base: Any, warp: Any) -> Callable[[Any, Any, Any], None]:
+    """fetch(cache, tile in shared memory, barrier) for this warp's quarter of the tile of keys from `base` on."""
+    config, problem = cta.config, cta.problem
+    keys, per_warp = config.copy_keys(problem.block_size), config.copies(problem.block_size) // WARPS
+    kv_head = lax.div(item.head, jnp.int32(problem.group))
+    rows = [(warp * per_warp + j) * keys for j in range(per_warp)]
+    columns = [lax.div(base + row, jnp.int32(problem.block_size)) for row in rows]
+    blocks = [cta.tables[item.table_row, jnp.minimum(c, cta.tables.shape[1] - 1)] for c in columns]
+
+    def fetch(gmem: Any, tile: Any, barrier: Any) -> None:
+        for row, block in zip(rows, blocks, strict=True):
+            offset = 0
+            if keys < problem.block_size:
+                part = lax.rem(lax.div(base + row, jnp.int32(keys)), jnp.int32(problem.block_size // keys))
+                offset = part * keys  # a product: Mosaic must see the alignment
+            source = gmem.at[block, kv_head, pl.ds(offset, keys)]
+            plgpu.copy_gmem_to_smem(source, tile.at[pl.ds(row, keys)], barrier)
+
+    return fetch
+
+
+def load_queries(cta: Cta, item: Item, index: Any, warp: Any) -> None:
     """Warp w loads the rows of the compute warpgroup w."""
     rows = cta.config.segment_rows
 

@@ -107,6 +107,7 @@ def plan_attention(
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             block_size=block_size,
+            dtype=dtype,
             decode_only=decode_only,
             max_decode_tokens=max_decode_tokens,
             sliding_windows=sliding_windows,

@@ -63,6 +63,8 @@ class DecodeConfig:
         min_tiles: Least tiles of a stream, so that short contexts are not cut into crumbs.
         unroll: Pieces that the combining kernel loads at once.
         staged: Columns of a float32 result that leave through shared memory at once.
+        converted: Tiles of an fp8 cache that a stream has in f16: 1, which K and V take in turns, or 2, so that values
+            are converted while scores are computed. Other caches need none.
     """
 
     heads: int
@@ -73,6 +75,7 @@ class DecodeConfig:
     min_tiles: int = 2
     unroll: int = 4
     staged: int = 64
+    converted: int = 1
 
     @property
     def num_streams(self) -> int:

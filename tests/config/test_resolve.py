@@ -145,6 +145,19 @@ def test_contradictions_name_both_sides(kwargs, texts):
     assert all(text in str(e.value) for text in texts), str(e.value)
 
 
+@pytest.mark.parametrize(
+    ("requested", "resolved"),
+    [("auto", "auto"), ("fp8", "float8_e4m3fn"), ("fp8_e4m3", "float8_e4m3fn"), ("bfloat16", "bfloat16")],
+)
+def test_kv_cache_dtype(requested, resolved):
+    assert resolve(dtype="bfloat16", kv_cache_dtype=requested).cache.cache_dtype == resolved
+
+
+def test_a_16_bit_cache_has_the_dtype_of_the_model():
+    with pytest.raises(ConfigError, match="kv_cache_dtype='float16' does not fit a model of dtype bfloat16; pass"):
+        resolve(dtype="bfloat16", kv_cache_dtype="float16")
+
+
 def test_everything_else_is_handed_on():
     config = resolve(
         model=None,

@@ -119,7 +119,10 @@ class DoesNotDonate(Executables):
 
 
 def executables(
-    config: dict[str, Any], step_type: type[Step] = Step, executables_type: type[Executables] = Executables
+    config: dict[str, Any],
+    step_type: type[Step] = Step,
+    executables_type: type[Executables] = Executables,
+    kv_dtype: str = "bfloat16",
 ) -> Executables:
     """The executables of a model on one H200, none of them compiled yet."""
     topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET.read_text(), topology="1x1x1")
@@ -130,10 +133,10 @@ def executables(
         max_num_seqs=1024,
         max_blocks_per_row=8448 // 16,
         kv_head_dim=128,
-        kv_dtype="bfloat16",
+        kv_dtype=kv_dtype,
         implementation="mosaic_gpu",
     )
-    model = build_model(arch_config_from_hf(config), jnp.bfloat16, mesh=mesh)
+    model = build_model(arch_config_from_hf(config), jnp.bfloat16, mesh=mesh, kv_scales=kv_dtype != "bfloat16")
     buckets = Buckets.build(max_num_batched_tokens=16384, max_num_seqs=1024, platform="gpu")
     return executables_type(step_type(model, geometry), buckets, mesh, "gpu")
 
@@ -184,6 +187,7 @@ def main() -> None:
         "write_masked_ids",
     ]
     one_layer = LLAMA_3_8B | {"num_hidden_layers": 1}
+    fp8 = executables(LLAMA_3_8B | {"num_hidden_layers": 2}, kv_dtype="float8_e4m3fn")
     planted = {
         "keeps_and_casts_cache": executables(one_layer, KeepsAndCastsCache),
         "has_temporary": executables(one_layer, HasTemporary),
@@ -192,6 +196,7 @@ def main() -> None:
     }
     report = {
         "llama_3_8b": [inspect(llama3, key, dump_folder) for key in keys],
+        "fp8": [inspect(fp8, key, dump_folder) for key in (DECODE, ForwardBucket(2048, 1024, False))],
         "llama_2_7b": [inspect(llama2, DECODE, dump_folder)],
         "planted": {name: inspect(of, SMALL_DECODE, dump_folder) for name, of in planted.items()},
     }

@@ -90,6 +90,12 @@ def test_multi_head_attention(report):
     assert is_one_command_buffer(decode) and works_in_place(decode) and has_small_temporaries(decode), decode
 
 
+@pytest.mark.parametrize("index", [0, 1], ids=["decode", "mixed"])
+def test_fp8_cache(report, index):
+    program = report["fp8"][index]
+    assert is_one_command_buffer(program) and works_in_place(program) and has_small_temporaries(program), program
+
+
 def test_planted_copies_are_found(report):
     planted = report["planted"]["keeps_and_casts_cache"]
     assert not works_in_place(planted)

@@ -62,6 +62,7 @@ def ragged_batch(
     head_dim: int,
     block_size: int,
     dtype: DTypeLike,
+    cache_dtype: DTypeLike | None = None,
     padding_seqs: int = 0,
     padding_tokens: int = 0,
     shared_blocks: int = 0,
@@ -88,7 +89,7 @@ def ragged_batch(
         values = rng.standard_normal((num_blocks, num_kv_heads, block_size, head_dim), np.float32)
         if poison:
             values = np.where(written[:, None, :, None], values, np.nan)
-        return jnp.asarray(values, dtype)
+        return jnp.asarray(values, dtype if cache_dtype is None else cache_dtype)
 
     lens = np.concatenate([q_lens, np.zeros(padding_seqs, np.int64)])
     num_tokens = int(lens.sum()) + padding_tokens

@@ -1,5 +1,7 @@
 """Checks and times configs of the Hopper decode kernel on a GPU: `python tests/kernels/sweep_decode.py [case ...]`.
 
+Cases fp8_* have a float8_e4m3fn cache and float16 queries.
+
 Each case runs in a process of its own, so that they compile at the same time; a lock keeps all but one off the GPU.
 Times are CUPTI's for each kernel, medians over inputs that rotate through more than the L2. A config is right if it
 agrees with the XLA implementation on ragged lengths and repeats itself bit for bit.
@@ -36,7 +38,12 @@ class Case:
     head_dim: int = 128
     block_size: int = 16
     q_len: int = 1
+    cache: str = "bfloat16"
     goal: str = ""
+
+    @property
+    def q_dtype(self) -> str:
+        return "bfloat16" if self.cache == "bfloat16" else "float16"
 
 
 CASES = {
@@ -50,6 +57,11 @@ CASES = {
     "d64_b64_2k": Case(64, 2048, head_dim=64, goal=">= 3.3 TB/s"),
     "verify5_b64_2k": Case(64, 2048, q_len=5, goal="<= 1.05 x b64_2k"),
     "b64_2k_block64": Case(64, 2048, block_size=64, goal=">= 4.0 TB/s"),
+    "fp8_b256_4k": Case(256, 4096, cache="float8_e4m3fn", goal="<= 640 us"),
+    "fp8_b64_2k": Case(64, 2048, cache="float8_e4m3fn", goal="<= 88 us"),
+    "fp8_b8_8k": Case(8, 8192, cache="float8_e4m3fn", goal="<= 50 us"),
+    "fp8_b1_8k": Case(1, 8192, cache="float8_e4m3fn", goal="<= 15 us"),
+    "fp8_d64_b64_2k": Case(64, 2048, head_dim=64, cache="float8_e4m3fn", goal="<= 55 us"),
 }
 BATCH = [
     {"heads": 8, "columns": 128, "stages": 6},
@@ -59,6 +71,23 @@ BATCH = [
     {"heads": 4, "columns": 64, "stages": 5, "streams": 2},
     {"heads": 4, "columns": 64, "stages": 3, "streams": 3, "staged": 32},
     {"heads": 2, "columns": 64, "stages": 5, "streams": 2},
+]
+FP8_BATCH = [
+    {"heads": 8, "columns": 128, "stages": 3, "streams": 2, "staged": 32},
+    {"heads": 4, "columns": 128, "stages": 3, "streams": 2, "staged": 32},
+    {"heads": 4, "columns": 64, "stages": 7, "streams": 2, "staged": 32, "converted": 2},
+    {"heads": 4, "columns": 64, "stages": 9, "streams": 2, "staged": 32},
+    {"heads": 4, "columns": 64, "stages": 4, "streams": 3, "staged": 32},
+    {"heads": 4, "columns": 64, "stages": 2, "streams": 3, "staged": 32, "converted": 2},
+    {"heads": 8, "columns": 128, "stages": 7, "converted": 2},
+    {"heads": 8, "columns": 128, "stages": 9},
+]
+FP8_FEW = [
+    {"heads": 2, "columns": 128, "stages": 9, "unroll": 32},
+    {"heads": 2, "columns": 128, "stages": 7, "converted": 2, "unroll": 32},
+    {"heads": 2, "columns": 64, "stages": 16, "converted": 2, "unroll": 32},
+    {"heads": 2, "columns": 64, "stages": 7, "streams": 2, "staged": 32, "converted": 2, "unroll": 32},
+    {"heads": 4, "columns": 128, "stages": 7, "converted": 2, "unroll": 32},
 ]
 FEW = [
     {"heads": 2, "columns": 128, "stages": 5, "staged": 128, "unroll": 32},
@@ -100,6 +129,16 @@ CONFIGS = {
         {"heads": 1, "columns": 64, "stages": 5, "streams": 2},
         {"heads": 2, "columns": 128, "stages": 2, "streams": 2},
     ],
+    "fp8_b256_4k": FP8_BATCH,
+    "fp8_b64_2k": FP8_BATCH,
+    "fp8_b8_8k": [*FP8_FEW, *FP8_BATCH[1:5]],
+    "fp8_b1_8k": FP8_FEW,
+    "fp8_d64_b64_2k": [
+        {"heads": 8, "columns": 128, "stages": 5, "streams": 3, "staged": 32},
+        {"heads": 8, "columns": 128, "stages": 7, "streams": 2},
+        {"heads": 8, "columns": 128, "stages": 6, "streams": 2, "converted": 2},
+        {"heads": 4, "columns": 64, "stages": 10, "streams": 3, "staged": 32, "converted": 2},
+    ],
 }
 
 
@@ -125,7 +164,8 @@ class Bench:
 
         self.name, self.case = name, CASES[name]
         case = self.case
-        self.bytes = 4 * case.batch * case.context * case.num_kv_heads * case.head_dim
+        self.bytes = 2 * case.batch * case.context * case.num_kv_heads * case.head_dim
+        self.bytes *= 2 if case.cache == "bfloat16" else 1
         self.sets = max(2, -(-int(L2_BYTES) // self.bytes) + 1)
         self.width = case.context // case.block_size
         self.num_blocks = self.sets * case.batch * self.width + 1
@@ -148,7 +188,6 @@ class Bench:
     def compile(self, config: dict):
         """(executable of the plan, executable of the attention)."""
         import jax
-        import jax.numpy as jnp
 
         from pallas_kernels.ragged_paged_attention import plan_decode as plans
         from pallas_kernels.ragged_paged_attention.mosaic_decode import decode_attention
@@ -160,8 +199,8 @@ class Bench:
         make = jax.jit(functools.partial(plans.plan_decode, shape=shape, config=plans.DecodeConfig(**config)))
         metadata = self.metadata(0, self.even)
         spec = jax.ShapeDtypeStruct
-        cache = spec((self.num_blocks, case.num_kv_heads, case.block_size, case.head_dim), jnp.bfloat16)
-        q = spec((shape.num_tokens, case.num_q_heads, case.head_dim), jnp.bfloat16)
+        cache = spec((self.num_blocks, case.num_kv_heads, case.block_size, case.head_dim), case.cache)
+        q = spec((shape.num_tokens, case.num_q_heads, case.head_dim), case.q_dtype)
         attend = jax.jit(lambda q, k, v, plan: decode_attention(q, k, v, plan, scale=case.head_dim**-0.5))
         attend = attend.lower(q, cache, cache, jax.eval_shape(make, *metadata)).compile()
         return make.lower(*metadata).compile(), attend
@@ -172,10 +211,12 @@ class Bench:
 
         case = self.case
         keys = jax.random.split(jax.random.key(0), 3)
-        normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
+        normal = jax.jit(
+            lambda key, shape, dtype: jax.random.normal(key, shape, jnp.bfloat16).astype(dtype), static_argnums=(1, 2)
+        )
         shape = (self.num_blocks, case.num_kv_heads, case.block_size, case.head_dim)
-        q = normal(keys[0], (case.batch * case.q_len, case.num_q_heads, case.head_dim), jnp.bfloat16)
-        return jax.block_until_ready((q, normal(keys[1], shape, jnp.bfloat16), normal(keys[2], shape, jnp.bfloat16)))
+        q = normal(keys[0], (case.batch * case.q_len, case.num_q_heads, case.head_dim), case.q_dtype)
+        return jax.block_until_ready((q, normal(keys[1], shape, case.cache), normal(keys[2], shape, case.cache)))
 
     def wanted(self, q, k, v):
         import jax

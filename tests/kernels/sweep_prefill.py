@@ -3,7 +3,7 @@
 One executable per configuration serves all cases, because the work is described by arrays. Prints one line per
 configuration and check, and one per configuration and case: median device time (CUPTI) and TFLOP/s, counting
 4 * heads * head_dim flops for each pair of a query and a key that it sees. Names given as arguments select
-configurations.
+configurations; with `--fp8` first, the cache is float8_e4m3fn and the queries float16.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ import numpy as np
 from jax.experimental.mosaic.gpu import profiler
 
 import pallas_kernels
-from pallas_kernels.ragged_paged_attention.mosaic_prefill import Config, prefill_attention
+from pallas_kernels.ragged_paged_attention.mosaic_prefill import Config, default_config, prefill_attention
 from pallas_kernels.ragged_paged_attention.plan_prefill import PrefillPlan, max_tiles, plan_prefill
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 16
 TOKENS, CONTEXT, SEQS = 8192, 18432, 17
 NUM_BLOCKS = CONTEXT // BLOCK_SIZE + 64
+FP8 = sys.argv[1:2] == ["--fp8"]
+Q_DTYPE, CACHE_DTYPE = (jnp.float16, jnp.float8_e4m3fn) if FP8 else (jnp.bfloat16, jnp.bfloat16)
 SCALE = math.log(2)  # scores that are integers give weights that are powers of two
 ITERATIONS = 15
 
@@ -48,6 +50,15 @@ CONFIGS = {
     "wg3_keys64": Config(warpgroups=3, tile_tokens=192, tile_keys=64, stages=3, registers=(160, 32)),
     "four_heads": Config(tile_tokens=32),
 }
+FP8_CONFIGS = {
+    "fp8": default_config(HEAD_DIM, jnp.float8_e4m3fn),
+    "fp8_registers": Config(overlap=False, take_turns=False, registers=(208, 88)),
+    "fp8_turns": Config(overlap=False, registers=(216, 72)),
+    "fp8_keys64": Config(tile_keys=64, stages=4, overlap=False, take_turns=False, registers=(216, 72)),
+    "fp8_two_heads": Config(tile_tokens=64, overlap=False, take_turns=False, registers=(216, 72)),
+}
+if FP8:
+    CONFIGS = FP8_CONFIGS
 CASES = {
     "1 x 8192": ([8192], [8192]),
     "4 x 2048": ([2048] * 4, [2048] * 4),
@@ -83,8 +94,8 @@ def executable(config: Config):
     def function(q, k_cache, v_cache, plan):
         return prefill_attention(q, k_cache, v_cache, plan, scale=SCALE, config=config)
 
-    cache = jax.ShapeDtypeStruct((NUM_BLOCKS, KV_HEADS, BLOCK_SIZE, HEAD_DIM), jnp.bfloat16)
-    q = jax.ShapeDtypeStruct((TOKENS, HEADS, HEAD_DIM), jnp.bfloat16)
+    cache = jax.ShapeDtypeStruct((NUM_BLOCKS, KV_HEADS, BLOCK_SIZE, HEAD_DIM), CACHE_DTYPE)
+    q = jax.ShapeDtypeStruct((TOKENS, HEADS, HEAD_DIM), Q_DTYPE)
     plan = jax.eval_shape(lambda: make_plan(config, metadata([8], [8]), TOKENS))
     return jax.jit(function).lower(q, cache, cache, plan)
 
@@ -93,7 +104,7 @@ def random_inputs() -> list[jax.Array]:
     keys = jax.random.split(jax.random.key(0), 3)
     cache = (NUM_BLOCKS, KV_HEADS, BLOCK_SIZE, HEAD_DIM)
     q = jax.random.normal(keys[0], (TOKENS, HEADS, HEAD_DIM), jnp.bfloat16) * jnp.bfloat16(HEAD_DIM**-0.5)
-    return [q, *(jax.random.normal(key, cache, jnp.bfloat16) for key in keys[1:])]
+    return [q.astype(Q_DTYPE), *(jax.random.normal(key, cache, jnp.bfloat16).astype(CACHE_DTYPE) for key in keys[1:])]
 
 
 def poisoned(cache: jax.Array, arguments: tuple[np.ndarray, ...]) -> jax.Array:
@@ -103,7 +114,7 @@ def poisoned(cache: jax.Array, arguments: tuple[np.ndarray, ...]) -> jax.Array:
     for row, length in zip(rows, kv_lens, strict=True):
         position = np.arange(length)
         written[tables[row][position // BLOCK_SIZE], position % BLOCK_SIZE] = True
-    return jnp.where(written[:, None, :, None], cache, jnp.nan)
+    return jnp.where(written[:, None, :, None], cache, jnp.asarray(jnp.nan, cache.dtype))
 
 
 def wanted_ragged(inputs: list[jax.Array], arguments: tuple[np.ndarray, ...], num_tokens: int) -> np.ndarray:
@@ -120,7 +131,7 @@ def wanted_ragged(inputs: list[jax.Array], arguments: tuple[np.ndarray, ...], nu
         starts,
         kv_lens,
         num_tokens=num_tokens,
-        dtype=jnp.bfloat16,
+        dtype=CACHE_DTYPE,
         decode_only=False,
         implementation="xla",
         **options,
@@ -149,7 +160,8 @@ def exact_inputs(arguments: tuple[np.ndarray, ...], keys: int) -> tuple[list[jax
     weights = 2.0**-exponent
     outputs = np.cumsum(weights[:, :, None] * np.repeat(values, group, axis=0), axis=1)
     outputs /= np.cumsum(weights, axis=1)[:, :, None]
-    return [jnp.asarray(x, jnp.bfloat16) for x in (q, k_cache, v_cache)], outputs.swapaxes(0, 1)
+    arrays = [jnp.asarray(q, Q_DTYPE), jnp.asarray(k_cache, CACHE_DTYPE), jnp.asarray(v_cache, CACHE_DTYPE)]
+    return arrays, outputs.swapaxes(0, 1)
 
 
 def check(name: str, config: Config, run, ragged, exact) -> None:
@@ -184,7 +196,7 @@ def time_case(name: str, config: Config, run, inputs, case: str) -> None:
 
 
 def main() -> None:
-    names = sys.argv[1:] or list(CONFIGS)
+    names = sys.argv[1 + FP8 :] or list(CONFIGS)
     print(jax.devices()[0].device_kind, jax.__version__, flush=True)
     start = time.perf_counter()
     with ThreadPoolExecutor(8) as pool:

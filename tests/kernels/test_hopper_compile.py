@@ -84,27 +84,33 @@ def compile(function, *arguments, donate=()):
     text = compiled.as_text()
     print("WHILE", " while(" in text, "SORT", " sort(" in text, "TEMP", compiled.memory_analysis().temp_size_in_bytes)
     return text
-def attention(heads, kv_heads, head_dim, block_size, num_tokens, num_seqs, max_decode_tokens, options):
+def attention(
+    heads, kv_heads, head_dim, block_size, num_tokens, num_seqs, max_decode_tokens, options, dtype=jnp.bfloat16
+):
     options, decode_only = dict(options), num_tokens <= num_seqs * max_decode_tokens
     with_sinks = options.pop("sinks", False)
-    cache = spec((NUM_BLOCKS, kv_heads, block_size, head_dim), jnp.bfloat16)
+    cache = spec((NUM_BLOCKS, kv_heads, block_size, head_dim), dtype)
+    scales = [spec((kv_heads,), jnp.float32)] * (2 if dtype != jnp.bfloat16 else 0)
     kernels = []
-    def function(q, k_cache, v_cache, sinks, *metadata):
+    def function(q, k_cache, v_cache, sinks, scales, *metadata):
         plan = pallas_kernels.plan_attention(
             *metadata, num_tokens=num_tokens, num_q_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,
-            block_size=block_size, dtype=jnp.bfloat16, decode_only=decode_only, max_decode_tokens=max_decode_tokens,
+            block_size=block_size, dtype=dtype, decode_only=decode_only, max_decode_tokens=max_decode_tokens,
             sliding_windows=(options.get("sliding_window"),), implementation="mosaic_gpu")
         kernels.append(2 if plan.work.prefill is None else 3)
+        names = dict(zip(("k_scale", "v_scale"), scales))
         return pallas_kernels.ragged_paged_attention(
-            q, k_cache, v_cache, plan, scale=0.1, sinks=sinks if with_sinks else None, **options)
+            q, k_cache, v_cache, plan, scale=0.1, sinks=sinks if with_sinks else None, **names, **options)
     q = spec((num_tokens, heads, head_dim), jnp.bfloat16)
     metadata = [spec((257, 8448 // block_size)), spec((num_seqs,)), spec((num_seqs + 1,)), spec((num_seqs,))]
-    text = compile(function, q, cache, cache, spec((heads,), jnp.float32), *metadata)
+    text = compile(function, q, cache, cache, spec((heads,), jnp.float32), scales, *metadata)
     assert text.count('custom_call_target="mosaic_gpu_v2"') == kernels[0], text
-    shapes = [cache.shape] if heads // kv_heads % 4 == 3 else [cache.shape, q.shape]  # 7 heads need padding
+    shapes = [cache.shape]
+    if heads // kv_heads % 4 != 3 and dtype == jnp.bfloat16:  # 7 heads need padding, q is converted for fp8
+        shapes.append(q.shape)
     print("COPIES", len(cache_copies(text, shapes)) + text.count(" dynamic-update-slice("))
-def kv_write(kv_heads, head_dim, block_size, num_tokens):
-    cache = spec((NUM_BLOCKS, kv_heads, block_size, head_dim), jnp.bfloat16)
+def kv_write(kv_heads, head_dim, block_size, num_tokens, dtype=jnp.bfloat16):
+    cache = spec((NUM_BLOCKS, kv_heads, block_size, head_dim), dtype)
     new = spec((num_tokens, kv_heads, head_dim), jnp.bfloat16)
     function = lambda *arguments: pallas_kernels.write_kv(*arguments, implementation="mosaic_gpu")
     text = compile(function, cache, cache, new, new, spec((num_tokens,)), donate=(0, 1))
@@ -151,10 +157,29 @@ def test_attention(name: str):
     check(report("\n".join(calls)), len(calls))
 
 
+FP8_ATTENTION = [
+    ("llama3_8b", 16, 256, 256),
+    ("llama3_8b", 16, 1, 1),
+    ("llama3_8b", 16, 2048, 64),
+    ("qwen2_7b", 32, 2048, 8),
+    ("llama2_7b", 128, 64, 64),
+    ("llama3_1b", 16, 64, 64),
+    ("llama3_1b", 16, 2, 2),
+]
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 1024, "soft_cap": 30.0}], ids=["plain", "window_and_cap"])
+def test_fp8_attention(options: dict[str, float]):
+    calls = [
+        f"attention(*{(*MODELS[model], *rest)}, 1, {options}, jnp.float8_e4m3fn)" for model, *rest in FP8_ATTENTION
+    ]
+    check(report("\n".join(calls)), len(calls))
+
+
 @pytest.mark.parametrize(
     ("call", "count"),
     [
-        ("kv_write(8, 128, 16, 64)\nkv_write(32, 256, 64, 8192)", 2),
+        ("kv_write(8, 128, 16, 64)\nkv_write(32, 256, 64, 8192)\nkv_write(8, 128, 16, 64, jnp.float8_e4m3fn)", 3),
         ("truncation(64, 128256)\ntruncation(8, 50257)", 2),
     ],
     ids=["kv_write", "truncation"],

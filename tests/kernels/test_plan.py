@@ -111,7 +111,7 @@ def test_decode_config_of_every_shape():
         if max_q_len > 1 and (head_dim == 256 or group > 8):
             continue
         shape = DecodeShape(num_seqs, group * kv_heads, kv_heads, head_dim, block_size, max_q_len)
-        config = default_decode_config(shape, num_seqs)
+        config = default_decode_config(shape, num_seqs, "bfloat16")
         tiling(config, shape)
         ring = config.stages * config.columns * head_dim * 2
         used = config.streams * (ring + TILE_ROWS * (head_dim * 2 + min(config.staged, head_dim) * 4) + 1024)

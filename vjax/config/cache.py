@@ -19,7 +19,7 @@ class CacheConfig:
     num_gpu_blocks_override: int | None = None
     #: Reuse the KV of equal prefixes across requests.
     enable_prefix_caching: bool = True
-    #: dtype of the cache; "auto" is the model's on a GPU and float32 on the CPU.
+    #: dtype of the cache: "auto" (the model's on a GPU, float32 on the CPU), "bfloat16", "float16" or "float8_e4m3fn".
     cache_dtype: str = "auto"
     #: Blocks that exist, the null block included. 0 until the engine has measured the memory.
     num_gpu_blocks: int = 0

@@ -16,9 +16,11 @@ from vjax.config.generation import resolve_generation
 from vjax.config.resolve import (
     DTYPE_ALIASES,
     DTYPES,
+    KV_CACHE_DTYPES,
     resolve_async_scheduling,
     resolve_batch_limits,
     resolve_dtype,
+    resolve_kv_cache_dtype,
     resolve_max_model_len,
     warn_if_slow,
 )
@@ -62,6 +64,8 @@ class EngineArgs:
     override_generation_config: dict[str, Any] | None = None
     #: Tokens per KV block: 16, 32, 64 or 128.
     block_size: int = 16
+    #: "auto" (the model's dtype; float32 on the CPU), "fp8" or "fp8_e4m3" (half the bytes), "bfloat16" or "float16".
+    kv_cache_dtype: str = "auto"
     #: Fraction of the GPU's memory for weights, temporaries and KV together, in (0, 1].
     gpu_memory_utilization: float = 0.92
     #: Bytes for the KV cache; overrides gpu_memory_utilization. None on the CPU means 1 GiB.
@@ -146,6 +150,7 @@ class EngineArgs:
             model=model,
             cache=CacheConfig(
                 block_size=self.block_size,
+                cache_dtype=resolve_kv_cache_dtype(self.kv_cache_dtype, model.dtype),
                 gpu_memory_utilization=self.gpu_memory_utilization,
                 kv_cache_memory_bytes=self.kv_cache_memory_bytes,
                 num_gpu_blocks_override=self.num_gpu_blocks_override,
@@ -224,6 +229,7 @@ CHECKS: dict[str, checks.Check] = {
     "generation_config": checks.path,
     "override_generation_config": checks.optional(checks.mapping),
     "block_size": checks.choice(*BLOCK_SIZES),
+    "kv_cache_dtype": checks.choice(*KV_CACHE_DTYPES),
     "gpu_memory_utilization": checks.fraction,
     "kv_cache_memory_bytes": _optional_count,
     "num_gpu_blocks_override": checks.optional(checks.integer(2)),

@@ -11,6 +11,9 @@ from vjax.log import info_once, logger, warning_once
 
 DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_ALIASES = {"float": "float32", "half": "float16"}
+#: Names as in vLLM.
+KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "bfloat16", "float16")
+_FP8 = "float8_e4m3fn"
 
 GIB = 1 << 30
 #: From this much memory on, a GPU gets the larger default batch.
@@ -51,6 +54,22 @@ def resolve_dtype(requested: str, checkpoint: str | None, platform: str) -> str:
         return checkpoint
     info_once(_log, f"dtype=auto: the checkpoint is {checkpoint or 'of unnamed dtype'}, computing in bfloat16")
     return "bfloat16"
+
+
+def resolve_kv_cache_dtype(requested: str, dtype: str) -> str:
+    """CacheConfig.cache_dtype. The kernels compute in the dtype of the model, so a 16-bit cache must have it.
+
+    Raises: ConfigError if it has not.
+    """
+    if requested in ("fp8", "fp8_e4m3"):
+        return _FP8
+    if requested not in ("auto", dtype):
+        raise ConfigError(
+            f"kv_cache_dtype={requested!r} does not fit a model of dtype {dtype}; pass 'auto' for {dtype} or 'fp8'.",
+            parameter="kv_cache_dtype",
+            value=requested,
+        )
+    return requested
 
 
 def resolve_max_model_len(requested: int | None, arch: Any) -> int:

@@ -59,7 +59,6 @@ ONLY: dict[str, Only] = {
     "device": Only((None, "auto"), "JAX chooses the device; set the variable JAX_PLATFORMS to cpu or cuda"),
     "quantization": Only((None,), _QUANTISED),
     "quantization_param_path": Only((None,), _QUANTISED),
-    "kv_cache_dtype": Only(("auto",), "the KV cache has the dtype of the model"),
     "calculate_kv_scales": Only((False,), _QUANTISED),
     "speculative_config": Only((None,), _SPECULATION),
     "speculative_model": Only((None,), _SPECULATION),

@@ -32,9 +32,13 @@ from vjax.scheduler.factory import make_scheduler
 from vjax.text.load import load_tokenizer
 from vjax.text.tokenizer import Tokenizer
 from vjax.weights.hub import resolve_model_path
+from vjax.weights.kv_scales import read_kv_scales
 from vjax.weights.loader import load_weights
 
 log = logger(__name__)
+
+#: KV cache dtypes for which a checkpoint may have scales.
+_QUANTISED = ("float8_e4m3fn",)
 
 
 @dataclass(frozen=True)
@@ -105,9 +109,14 @@ def build_runner(
     When it fails, nothing stays on the device, however long the traceback lives.
     """
     mesh = make_mesh([device])
-    model = build_model(arch, jnp.dtype(config.model.dtype), mesh=mesh)
+    given = {}
+    if config.cache.cache_dtype in _QUANTISED and config.load.load_format != "dummy":
+        given = {f"vectors.{name}": scale for name, scale in (read_kv_scales(model_dir, arch) or {}).items()}
+    model = build_model(arch, jnp.dtype(config.model.dtype), mesh=mesh, kv_scales=bool(given))
     memory.check_weights_fit(model.leaf_specs.values(), config, device)
-    leaves = load_weights(model, model_dir, mesh=mesh, load_format=config.load.load_format, seed=config.model.seed)
+    leaves = load_weights(
+        model, model_dir, mesh=mesh, load_format=config.load.load_format, seed=config.model.seed, given=given
+    )
     try:
         geometry = step_geometry(config, arch, device)
         config = replace(config, cache=replace(config.cache, num_gpu_blocks=geometry.num_blocks))
@@ -124,13 +133,16 @@ def step_geometry(config: EngineConfig, arch: ArchConfig, device: Any) -> StepGe
     Raises:
         OutOfMemoryError: See `memory.num_kv_blocks`.
     """
-    # XLA's CPU backend converts a whole bfloat16 cache to float32 and back around a scatter.
-    on_cpu = platform.platform_name(device) == "cpu"
-    kv_dtype = jnp.dtype(jnp.float32 if on_cpu else config.model.dtype)
+    kv_dtype = _kv_dtype(config, platform.platform_name(device))
     implementation = default_implementation(kv_dtype, arch.head_dim)
     kv_head_dim = padded_head_dim(arch.head_dim, implementation)
     num_blocks = memory.num_kv_blocks(
-        config, arch, kv_head_dim=kv_head_dim, kv_itemsize=kv_dtype.itemsize, device=device
+        config,
+        arch,
+        kv_head_dim=kv_head_dim,
+        kv_itemsize=kv_dtype.itemsize,
+        itemsize=jnp.dtype(config.model.dtype).itemsize,
+        device=device,
     )
     return StepGeometry(
         num_blocks=num_blocks,
@@ -141,6 +153,13 @@ def step_geometry(config: EngineConfig, arch: ArchConfig, device: Any) -> StepGe
         kv_dtype=kv_dtype.name,
         implementation=implementation,
     )
+
+
+def _kv_dtype(config: EngineConfig, kind: str) -> jnp.dtype:
+    if config.cache.cache_dtype != "auto":
+        return jnp.dtype(config.cache.cache_dtype)
+    # XLA's CPU backend converts a whole bfloat16 cache to float32 and back around a scatter.
+    return jnp.dtype(jnp.float32 if kind == "cpu" else config.model.dtype)
 
 
 def _start_runner(config: EngineConfig, step: Step, leaves: tuple, mesh: Mesh, kind: str) -> ModelRunner:

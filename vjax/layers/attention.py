@@ -18,6 +18,8 @@ from vjax.parallel.sharding import KV_CACHE_AXES, partition_spec
 
 #: One layer's K and V cache, each `[num_blocks, num_kv_heads, block_size, cache_head_dim]`.
 KVCache = tuple[jax.Array, jax.Array]
+#: Scales of one layer's keys and values, each f32 `[num_kv_heads]`, or None for 1.
+KVScales = tuple[jax.Array | None, jax.Array | None]
 
 
 @jax.tree_util.register_dataclass
@@ -69,7 +71,8 @@ class Attention(nnx.Module):
         if "qkv_bias" in vectors:
             qkv = qkv + vectors["qkv_bias"]
         norms = (vectors["q_norm"], vectors["k_norm"]) if "q_norm" in vectors else None
-        out, kv = self._attend(qkv, norms, rope, kv, meta)
+        scales = vectors.get("k_scale"), vectors.get("v_scale")
+        out, kv = self._attend(qkv, norms, rope, kv, meta, scales)
         out = matmul(out.reshape(num_tokens, -1), self.o[...].reshape(-1, hidden))
         return (out + vectors["o_bias"] if "o_bias" in vectors else out), kv
 
@@ -80,19 +83,21 @@ class Attention(nnx.Module):
         rope: tuple[jax.Array, jax.Array],
         kv: KVCache,
         meta: AttentionMetadata,
+        scales: KVScales,
     ) -> tuple[jax.Array, KVCache]:
         attend = self._attend_shard
         if self.mesh is not None and self.mesh.size > 1:
             # A custom call cannot be partitioned by the compiler: each shard runs the kernels on its own heads.
             heads, cache = partition_spec((None, "kv_heads", None)), partition_spec(KV_CACHE_AXES)
+            per_head = partition_spec(("kv_heads",))
             attend = jax.shard_map(
                 attend,
                 mesh=self.mesh,
-                in_specs=(partition_spec((None, "kv_heads", None, None)), P(), P(), (cache, cache), P()),
+                in_specs=(partition_spec((None, "kv_heads", None, None)), P(), P(), (cache, cache), P(), per_head),
                 out_specs=(heads, (cache, cache)),
                 check_vma=False,
             )
-        return attend(qkv, norms, rope, kv, meta)
+        return attend(qkv, norms, rope, kv, meta, scales)
 
     def _attend_shard(
         self,
@@ -101,12 +106,14 @@ class Attention(nnx.Module):
         rope: tuple[jax.Array, jax.Array],
         kv: KVCache,
         meta: AttentionMetadata,
+        scales: KVScales,
     ) -> tuple[jax.Array, KVCache]:
         """Writes k and v, then attends: tokens of one step may read each other's keys through shared blocks.
 
         The cache's head_dim may exceed the model's (kernels want a multiple): zeros change neither scores nor sums.
         """
         q_norm, k_norm = norms or (None, None)
+        scaled = dict(zip(("k_scale", "v_scale"), scales, strict=True))
         q, k_cache, v_cache = pallas_kernels.rope_write_kv(
             qkv,
             *rope,
@@ -116,8 +123,9 @@ class Attention(nnx.Module):
             k_norm=k_norm,
             eps=self.rms_norm_eps,
             implementation=meta.plan.implementation,
+            **scaled,
         )
         out = pallas_kernels.ragged_paged_attention(
-            q, k_cache, v_cache, meta.plan, scale=self.scale, sliding_window=self.sliding_window
+            q, k_cache, v_cache, meta.plan, scale=self.scale, sliding_window=self.sliding_window, **scaled
         )
         return out[..., : self.qkv.shape[-1]], (k_cache, v_cache)

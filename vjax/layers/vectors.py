@@ -18,10 +18,10 @@ class StackedVectors(nnx.Module):
 
     attention_norm, mlp_norm `[L, hidden]`; with qk_norm: q_norm, k_norm `[L, head_dim]`; with qkv_bias: qkv_bias
     `[L, kv_heads, group + 2, head_dim]`; with o_bias: o_bias `[L, hidden]`; with mlp_bias: gate_up_bias `[L, 2, ffn]`
-    and down_bias `[L, hidden]`.
+    and down_bias `[L, hidden]`. With kv_scales, for a quantised KV cache: k_scale and v_scale f32 `[L, kv_heads]`.
     """
 
-    def __init__(self, arch: ArchConfig, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, arch: ArchConfig, *, dtype, rngs: nnx.Rngs, kv_scales: bool = False):
         def stacked(shape: tuple[int, ...], axes: tuple[str | None, ...], init: str) -> nnx.Param:
             return param(rngs, (arch.num_layers, *shape), ("layers", *axes), dtype, init)
 
@@ -39,6 +39,10 @@ class StackedVectors(nnx.Module):
         if arch.mlp_bias:
             self.gate_up_bias = stacked((2, arch.intermediate_size), ("gate_up", "mlp"), "normal")
             self.down_bias = stacked(hidden, ("embed",), "normal")
+        if kv_scales:
+            shape, axes = (arch.num_layers, arch.num_kv_heads), ("layers", "kv_heads")
+            self.k_scale = param(rngs, shape, axes, jnp.float32, "ones")
+            self.v_scale = param(rngs, shape, axes, jnp.float32, "ones")
 
     def layer(self, index: int) -> LayerVectors:
         """The parameters of one layer, without the leading axis."""

@@ -62,6 +62,7 @@ class DecoderModel(nnx.Module):
         dtype: Dtype of parameters and activations.
         rngs: Source of the random initial weights. Under `nnx.eval_shape` nothing is allocated.
         mesh: With more than one device, attention runs per shard of the key/value heads.
+        kv_scales: The KV cache is quantised with scales of the checkpoint.
     """
 
     weight_rules: ClassVar[tuple[WeightRule, ...]] = ()
@@ -71,7 +72,7 @@ class DecoderModel(nnx.Module):
         """The architecture of a parsed config.json; ModelLoadError names what is not supported."""
         raise NotImplementedError
 
-    def __init__(self, arch: ArchConfig, *, dtype, rngs: nnx.Rngs, mesh: Mesh | None = None):
+    def __init__(self, arch: ArchConfig, *, dtype, rngs: nnx.Rngs, mesh: Mesh | None = None, kv_scales: bool = False):
         self.arch = arch
         self.embed = param(rngs, (arch.vocab_size, arch.hidden_size), ("vocab", "embed"), dtype)
         self.layers = nnx.List(
@@ -80,7 +81,7 @@ class DecoderModel(nnx.Module):
                 for window in arch.sliding_windows
             ]
         )
-        self.vectors = StackedVectors(arch, dtype=dtype, rngs=rngs)
+        self.vectors = StackedVectors(arch, dtype=dtype, rngs=rngs, kv_scales=kv_scales)
         self.norm = param(rngs, (arch.hidden_size,), ("embed",), dtype, "ones")
         if not arch.tie_word_embeddings:
             self.lm_head = param(rngs, (arch.vocab_size, arch.hidden_size), ("vocab", "embed"), dtype)

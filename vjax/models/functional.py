@@ -34,9 +34,11 @@ class FunctionalModel:
         weight_rules: How checkpoint tensors become the leaves.
     """
 
-    def __init__(self, arch: ArchConfig, dtype, mesh: Mesh | None):
+    def __init__(self, arch: ArchConfig, dtype, mesh: Mesh | None, kv_scales: bool):
         model_class = get_model_class(arch)
-        abstract = nnx.eval_shape(lambda: model_class(arch, dtype=dtype, rngs=nnx.Rngs(0), mesh=mesh))
+        abstract = nnx.eval_shape(
+            lambda: model_class(arch, dtype=dtype, rngs=nnx.Rngs(0), mesh=mesh, kv_scales=kv_scales)
+        )
         self._graphdef, state = nnx.split(abstract)
         self._treedef = jax.tree.structure(state)
         variables = {".".join(str(part) for part in path): variable for path, variable in nnx.to_flat_state(state)}
@@ -78,18 +80,19 @@ class FunctionalModel:
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
 
 
-def build_model(arch: ArchConfig, dtype, mesh: Mesh | None = None) -> FunctionalModel:
+def build_model(arch: ArchConfig, dtype, mesh: Mesh | None = None, *, kv_scales: bool = False) -> FunctionalModel:
     """The functional form of an architecture. Allocates nothing.
 
     Args:
         arch: From `arch_config_from_hf`.
         dtype: Of parameters and activations, e.g. jnp.bfloat16.
         mesh: The mesh of the executables; None or one device runs the kernels directly.
+        kv_scales: The leaves include the scales of a quantised KV cache, "vectors.k_scale" and "vectors.v_scale".
 
     Raises:
         ModelLoadError: The architecture is not supported.
     """
-    return FunctionalModel(arch, dtype, mesh)
+    return FunctionalModel(arch, dtype, mesh, kv_scales)
 
 
 def _leaf_name(path: tuple[Any, ...]) -> str:

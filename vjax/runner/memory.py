@@ -40,8 +40,10 @@ def temporary_bytes(arch: ArchConfig, config: EngineConfig, itemsize: int) -> in
     return tokens * widest * itemsize + 3 * rows * arch.vocab_size * 4
 
 
-def num_kv_blocks(config: EngineConfig, arch: ArchConfig, *, kv_head_dim: int, kv_itemsize: int, device: Any) -> int:
-    """Blocks to allocate, the null block included.
+def num_kv_blocks(
+    config: EngineConfig, arch: ArchConfig, *, kv_head_dim: int, kv_itemsize: int, itemsize: int, device: Any
+) -> int:
+    """Blocks to allocate, the null block included. `itemsize` is that of activations, for the temporaries.
 
     Raises:
         OutOfMemoryError: Not even one request of max_model_len fits; the text names the numbers and the knob.
@@ -51,7 +53,7 @@ def num_kv_blocks(config: EngineConfig, arch: ArchConfig, *, kv_head_dim: int, k
     if cache.num_gpu_blocks_override is not None:
         blocks, source = cache.num_gpu_blocks_override, "num_gpu_blocks_override"
     else:
-        available, source = _available_bytes(config, arch, kv_itemsize, device)
+        available, source = _available_bytes(config, arch, itemsize, device)
         blocks = max(available, 0) // per_block
     max_model_len = config.model.max_model_len
     needed = math.ceil(max_model_len / cache.block_size) + 1

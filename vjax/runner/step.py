@@ -132,7 +132,7 @@ class Step:
             num_kv_heads=self.model.arch.num_kv_heads,
             head_dim=g.kv_head_dim,
             block_size=g.block_size,
-            dtype=self.model.dtype,
+            dtype=g.kv_dtype,
             decode_only=bucket.decode_only,
             sliding_windows=tuple(dict.fromkeys(self.model.arch.sliding_windows)),
             implementation=g.implementation,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -32,6 +32,7 @@ def load_weights(
     mesh: Mesh,
     load_format: str = "auto",
     seed: int = 0,
+    given: Mapping[str, np.ndarray] | None = None,
     show_progress: bool = True,
 ) -> tuple[jax.Array, ...]:
     """The model's leaves, in the order of `model.leaf_names`, each on its placement on the mesh.
@@ -44,6 +45,7 @@ def load_weights(
         mesh: From `vjax.parallel.sharding.make_mesh`.
         load_format: "auto" or "safetensors" reads safetensors files; "dummy" draws random weights on the device.
         seed: Of the random weights.
+        given: Leaves whose values the caller has, by name.
         show_progress: Show a progress bar when stderr is a terminal.
 
     Raises:
@@ -57,17 +59,20 @@ def load_weights(
             value=load_format,
         )
     shardings = {name: named_sharding(mesh, model.logical_axes[name]) for name in model.leaf_names}
+    given = given or {}
     if load_format == "dummy":
         return _each_leaf(model, lambda name: _random_leaf(model, name, seed, shardings[name]), show_progress)
-    shapes = {name: spec.shape for name, spec in model.leaf_specs.items()}
+    shapes = {name: spec.shape for name, spec in model.leaf_specs.items() if name not in given}
     sources = leaf_sources(model.weight_rules, shapes, model.arch.num_layers)
     with Checkpoint(Path(path)) as checkpoint:
         check_tensors(sources, checkpoint.tensors, tied=model.arch.tie_word_embeddings, where=str(path))
-        return _each_leaf(
-            model,
-            lambda name: _load_leaf(sources[name], checkpoint, model.leaf_specs[name].dtype, shardings[name]),
-            show_progress,
-        )
+
+        def make(name: str) -> jax.Array:
+            if name in given:
+                return jax.device_put(given[name], shardings[name])
+            return _load_leaf(sources[name], checkpoint, model.leaf_specs[name].dtype, shardings[name])
+
+        return _each_leaf(model, make, show_progress)
 
 
 def _each_leaf(model: FunctionalModel, make: Callable[[str], jax.Array], show_progress: bool) -> tuple[jax.Array, ...]:

@@ -13,8 +13,17 @@ from vjax.weights.packing import PACKERS, Shape
 #: safetensors dtypes that are converted to the model's.
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
-#: Tensors that old exporters wrote and that are recomputed here.
-HARMLESS = re.compile(r".*\.rotary_emb\.inv_freq$")
+#: Tensors that old exporters wrote and that are recomputed here, and scales of what is not quantised here: queries and
+#: the weights of the softmax.
+HARMLESS = re.compile(
+    r".*\.rotary_emb\.inv_freq$|.*\.self_attn\.(attn\.)?(q_scale|prob_scale)$|.*\.q_proj\.(q_scale|output_scale)$"
+)
+
+#: Scales of a quantised KV cache, for keys, for values or for both; other caches pass over them.
+KV_SCALE = re.compile(
+    r"model\.layers\.(?P<layer>\d+)\.self_attn\."
+    r"((attn\.|[kv]_proj\.)?(?P<which>[kv])_scale|(?P<proj>[kv])_proj\.output_scale|(attn\.)?(?P<both>kv_scale))$"
+)
 
 #: Problems that one error message lists.
 _MAX_LISTED = 20
@@ -97,7 +106,8 @@ def check_tensors(
     unexpected = [
         f"{name} {list(info.shape)}"
         for name, info in tensors.items()
-        if name not in expected and not HARMLESS.match(name) and not (tied and name == "lm_head.weight")
+        if name not in expected
+        and not (HARMLESS.match(name) or KV_SCALE.match(name) or (tied and name == "lm_head.weight"))
     ]
     misshaped = [
         f"{name}: {list(tensors[name].shape)} in the checkpoint, {list(shape)} from config.json"
