@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=list(_DATASETS),
         help=f"workloads (default: {' '.join(_DATASETS)}, with lengths for the bundled model on a CPU)",
     )
-    parser.add_argument("--num-prompts", type=positive, default=64, help="requests of each (default: %(default)s)")
+    parser.add_argument("--num-prompts", type=positive, default=48, help="requests of each (default: %(default)s)")
     parser.add_argument("--temperature", type=temperature, default=0.0, help="0 is greedy (default: %(default)s)")
     datasets.add_arguments(parser)
     parser.epilog = f"{parser.epilog} Unless given, {', '.join(f'{name}={n}' for name, n in _LIMITS.items())}."

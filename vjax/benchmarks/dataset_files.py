@@ -79,7 +79,9 @@ def _first_turns(entry: Any, path: str | Path) -> tuple[str, str] | None:
     try:
         turns = [turn["value"] for turn in entry["conversations"][:2]]
     except (TypeError, KeyError) as e:
-        raise ConfigError(f"{path}: every entry must be an object {{'conversations': [{{'value': text}}, ...]}}.") from e
+        raise ConfigError(
+            f"{path}: every entry must be an object {{'conversations': [{{'value': text}}, ...]}}."
+        ) from e
     if not all(isinstance(turn, str) for turn in turns):
         raise ConfigError(f"{path}: every 'value' must be a text.")
     return (turns[0], turns[1]) if len(turns) == 2 and all(turns) else None

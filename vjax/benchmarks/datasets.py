@@ -176,4 +176,3 @@ def make_requests(dataset: Dataset, llm: LLM) -> list[Request]:
 def _output_len(dataset: Dataset) -> Any:
     overriding = dataset.options["output_len"]
     return dataset.options[f"{dataset.name}_output_len"] if overriding is None else overriding
-

@@ -28,12 +28,13 @@ def run(args: argparse.Namespace, engine: EngineArgs) -> Iterator[Record]:
     """One record. Every batch starts with an empty prefix cache."""
     from tqdm import tqdm
 
-    from vjax.benchmarks.measure import timed_generate, warm_llm
+    from vjax.benchmarks.measure import prepare, timed_generate
     from vjax.benchmarks.records import percentiles, setting
     from vjax.benchmarks.workloads import random_requests
+    from vjax.llm import LLM
 
     engine = dataclasses.replace(engine, skip_tokenizer_init=engine.skip_tokenizer_init or args.disable_detokenize)
-    with warm_llm(engine) as llm:
+    with LLM.from_engine_args(engine) as llm:
         requests = random_requests(
             args.batch_size,
             input_len=args.input_len,
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace, engine: EngineArgs) -> Iterator[Record]:
             vocab_size=llm.llm_engine.vocab_size,
             seed=args.seed,
         )
+        prepare(llm, requests)
         hidden = not sys.stderr.isatty()
 
         def measure(count: int, title: str) -> list[float]:

@@ -1,16 +1,14 @@
-"""An LLM that waits for no compiler, and one timed call of its `generate`."""
+"""One timed call of `LLM.generate` that waits for no compiler."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vjax.benchmarks.workloads import Request
-from vjax.config.engine_args import EngineArgs
 from vjax.errors import ConfigError, EngineStepError
 
 if TYPE_CHECKING:
@@ -33,14 +31,21 @@ class Run:
     mean_first_token_latency: float | None
 
 
-@contextmanager
-def warm_llm(args: EngineArgs) -> Iterator[LLM]:
-    """An LLM with everything compiled; shut down afterwards."""
-    from vjax.llm import LLM
+def prepare(llm: LLM, requests: Sequence[Request]) -> None:
+    """Compiles everything that any step may need.
 
-    with LLM.from_engine_args(args) as llm:
-        llm.llm_engine.warm_up()
-        yield llm
+    Raises:
+        ConfigError: A prompt with its output is longer than the model's context, which would cut the output short.
+    """
+    max_model_len = llm.llm_engine.config.model.max_model_len
+    longest = max(requests, key=lambda r: len(r.prompt_token_ids) + r.output_len)
+    prompt_len = len(longest.prompt_token_ids)
+    if prompt_len + longest.output_len > max_model_len:
+        raise ConfigError(
+            f"A request of {prompt_len} prompt tokens and {longest.output_len} output tokens does not fit "
+            f"max_model_len={max_model_len}; choose shorter lengths or a larger --engine.max_model_len."
+        )
+    llm.llm_engine.warm_up()
 
 
 def timed_generate(
@@ -49,16 +54,15 @@ def timed_generate(
     """Completes all requests, each to its full length, and leaves an empty prefix cache.
 
     Args:
+        requests: Seen by `prepare`.
         detokenize: Needs an LLM with a tokenizer.
         show_progress: None: where stderr is a terminal.
 
     Raises:
-        ConfigError: A request does not fit the model's context.
         EngineStepError: A request failed on the device.
     """
     from vjax.sampling_params import SamplingParams
 
-    check_lengths(requests, llm.llm_engine.config.model.max_model_len)
     params = [
         SamplingParams(temperature=temperature, max_tokens=r.output_len, ignore_eos=True, detokenize=detokenize)
         for r in requests
@@ -88,14 +92,3 @@ def timed_generate(
         num_compilations=llm.llm_engine.num_compilations_while_serving - num_compilations,
         mean_first_token_latency=sum(latencies) / len(latencies) if latencies else None,
     )
-
-
-def check_lengths(requests: Sequence[Request], max_model_len: int) -> None:
-    """Raises: ConfigError if a prompt with its output is longer than the model's context, which would cut it short."""
-    longest = max(requests, key=lambda r: len(r.prompt_token_ids) + r.output_len)
-    prompt_len = len(longest.prompt_token_ids)
-    if prompt_len + longest.output_len > max_model_len:
-        raise ConfigError(
-            f"A request of {prompt_len} prompt tokens and {longest.output_len} output tokens does not fit "
-            f"max_model_len={max_model_len}; choose shorter lengths or a larger --engine.max_model_len."
-        )

@@ -67,7 +67,7 @@ def _bars(
     for i, (mode, heights) in enumerate(values.items()):
         places = [group + (i - (len(values) - 1) / 2) * width for group in range(len(labels))]
         bars = axes.bar(places, heights, width * 0.94, label=mode, color=_COLOURS[mode])
-        ratios = [f"\n{height / base:.2f}×" if i else "" for height, base in zip(heights, first, strict=True)]
+        ratios = [f"\n{height / base:.2f}x" if i else "" for height, base in zip(heights, first, strict=True)]
         texts = [show(height) + ratio for height, ratio in zip(heights, ratios, strict=True)]
         axes.bar_label(bars, texts, padding=2, fontsize=8)
     axes.set_xticks(range(len(labels)), [label.replace(", ", "\n") for label in labels], fontsize=8)

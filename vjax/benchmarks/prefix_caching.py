@@ -46,13 +46,14 @@ def run(args: argparse.Namespace, engine: EngineArgs) -> Iterator[Record]:
 
 
 def _measure(args: argparse.Namespace, engine: EngineArgs) -> Record:
-    from vjax.benchmarks.measure import timed_generate, warm_llm
+    from vjax.benchmarks.measure import prepare, timed_generate
     from vjax.benchmarks.records import setting
     from vjax.benchmarks.workloads import repeated, shared_prefix_requests
+    from vjax.llm import LLM
 
     engine = dataclasses.replace(engine, skip_tokenizer_init=engine.skip_tokenizer_init or args.disable_detokenize)
     min_len, max_len = args.input_length_range
-    with warm_llm(engine) as llm:
+    with LLM.from_engine_args(engine) as llm:
         requests = shared_prefix_requests(
             args.num_prompts,
             prefix_len=args.prefix_len,
@@ -62,6 +63,7 @@ def _measure(args: argparse.Namespace, engine: EngineArgs) -> Record:
             vocab_size=llm.llm_engine.vocab_size,
             seed=args.seed,
         )
+        prepare(llm, requests)
         done = timed_generate(
             llm,
             repeated(requests, args.repeat_count, sort=args.sort, seed=args.seed),

@@ -30,23 +30,23 @@ def run(args: argparse.Namespace, engine: EngineArgs) -> Iterator[Record]:
     yield from measure(engine, chosen, temperature=args.temperature, detokenize=not args.disable_detokenize)
 
 
-def measure(
-    engine: EngineArgs, chosen: Sequence[Dataset], *, temperature: float, detokenize: bool
-) -> Iterator[Record]:
+def measure(engine: EngineArgs, chosen: Sequence[Dataset], *, temperature: float, detokenize: bool) -> Iterator[Record]:
     """A record per dataset, from one engine. The prefix cache is empty at the start of each.
 
     Args:
         detokenize: False: no text is made, and the tokenizer is loaded only for a file of texts.
     """
-    from vjax.benchmarks.measure import timed_generate, warm_llm
+    from vjax.benchmarks.measure import prepare, timed_generate
     from vjax.benchmarks.records import setting
+    from vjax.llm import LLM
 
     needs_tokenizer = detokenize or any(dataset.needs_tokenizer for dataset in chosen)
     engine = dataclasses.replace(engine, skip_tokenizer_init=engine.skip_tokenizer_init or not needs_tokenizer)
     detokenize = detokenize and not engine.skip_tokenizer_init
-    with warm_llm(engine) as llm:
-        for dataset in chosen:
-            requests = datasets.make_requests(dataset, llm)
+    with LLM.from_engine_args(engine) as llm:
+        workloads = [(dataset, datasets.make_requests(dataset, llm)) for dataset in chosen]
+        prepare(llm, [request for _, requests in workloads for request in requests])
+        for dataset, requests in workloads:
             done = timed_generate(llm, requests, temperature=temperature, detokenize=detokenize)
             num_tokens = done.num_prompt_tokens + done.num_output_tokens
             yield {

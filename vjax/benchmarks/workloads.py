@@ -33,7 +33,7 @@ def random_requests(
 def sharegpt_like_requests(
     count: int, *, output_len: int | None, max_total_len: int, vocab_size: int, seed: int
 ) -> list[Request]:
-    """Random ids of ShareGPT-like lengths; `output_len` fixes that of the outputs, and cuts prompts to what then fits."""
+    """Random ids of ShareGPT-like lengths; `output_len` fixes the outputs' and cuts prompts to what then fits."""
     rng = np.random.default_rng(seed)
     prompts, outputs = sharegpt.draw_lengths(rng, count, max_total_len)
     if output_len is not None:
@@ -48,7 +48,9 @@ def prefix_repetition_requests(
     not divide), in random order."""
     rng = np.random.default_rng(seed)
     prefixes = [_ids(rng, prefix_len, vocab_size) for _ in range(num_prefixes)]
-    requests = [Request(prefixes[i % num_prefixes] + _ids(rng, suffix_len, vocab_size), output_len) for i in range(count)]
+    requests = [
+        Request(prefixes[i % num_prefixes] + _ids(rng, suffix_len, vocab_size), output_len) for i in range(count)
+    ]
     return [requests[i] for i in rng.permutation(count)]
 
 
