@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from vjax import envs
-from vjax.benchmarks import prefix_caching, process, startup
+from vjax.benchmarks import picture, prefix_caching, process, startup
 from vjax.benchmarks.records import percentiles, table
 from vjax.cli.main import main
 from vjax.errors import VjaxValidationError
@@ -193,9 +193,11 @@ def test_compare(bench, tmp_path):
     assert all(r["mean_first_token_latency"] > 0 and r["num_compilations"] == 0 for r in records)
     check_setting(records[0])
     assert path.read_bytes().startswith(b"\x89PNG") and f"wrote {path}" in err
+    picture.draw([r for r in records if r["mode"] == "V1"], tmp_path / "one.svg")
+    assert "<svg" in (tmp_path / "one.svg").read_text()
 
 
-def test_compare_checks_the_picture_first(bench, tmp_path, monkeypatch):
+def test_compare_checks_the_picture_first(bench, tmp_path):
     pytest.importorskip("matplotlib")
     code, _, err = bench("compare", "--output", tmp_path / "picture.doc")
     assert code == 2 and "must end in one of" in err and ".png" in err

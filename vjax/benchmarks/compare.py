@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-prompts", type=positive, default=48, help="requests of each (default: %(default)s)")
     parser.add_argument("--temperature", type=temperature, default=0.0, help="0 is greedy (default: %(default)s)")
-    datasets.add_arguments(parser)
+    datasets.add_arguments(parser, _LENGTHS)
     parser.epilog = f"{parser.epilog} Unless given, {', '.join(f'{name}={n}' for name, n in _LIMITS.items())}."
 
 

@@ -58,8 +58,9 @@ class Dataset:
         return f"{o['prefix_repetition_num_prefixes']} prefixes, {prefix}+{suffix} in, {_output_len(self)} out"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags but --dataset-name and --num-prompts, whose defaults differ between benchmarks."""
+def add_arguments(parser: argparse.ArgumentParser, defaults: dict[str, Any] | None = None) -> None:
+    """The flags but --dataset-name and --num-prompts. `defaults`: as in `chosen`, for the help."""
+    default = {name: value for options in OPTIONS.values() for name, value in options.items()} | (defaults or {})
     group = parser.add_argument_group("workload")
     group.add_argument(
         "--dataset-path",
@@ -70,9 +71,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=natural, default=0, help="of the workload (default: %(default)s)")
     group.add_argument("--output-len", type=positive, help="tokens to generate per request, whatever the dataset says")
     group.add_argument(
-        "--input-len", "--random-input-len", dest="input_len", type=positive, help="random: prompt length (1024)"
+        "--input-len",
+        "--random-input-len",
+        dest="input_len",
+        type=positive,
+        help=f"random: prompt length ({default['input_len']})",
     )
-    group.add_argument("--random-output-len", type=positive, help="random: output length (128)")
+    group.add_argument(
+        "--random-output-len", type=positive, help=f"random: output length ({default['random_output_len']})"
+    )
     group.add_argument(
         "--random-range-ratio",
         type=ratio,
@@ -80,10 +87,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--sharegpt-output-len", type=positive, help="sharegpt: output length (the answer's)")
     group.add_argument("--custom-output-len", type=positive, help="custom: for lines without output_tokens (256)")
-    group.add_argument("--prefix-repetition-prefix-len", type=positive, help="shared tokens (256)")
-    group.add_argument("--prefix-repetition-suffix-len", type=positive, help="tokens of a request's own (256)")
-    group.add_argument("--prefix-repetition-num-prefixes", type=positive, help="different prefixes (10)")
-    group.add_argument("--prefix-repetition-output-len", type=positive, help="output length (128)")
+    for name, meaning in (
+        ("prefix_repetition_prefix_len", "tokens of a prefix"),
+        ("prefix_repetition_suffix_len", "tokens of a request's own"),
+        ("prefix_repetition_num_prefixes", "different prefixes"),
+        ("prefix_repetition_output_len", "output length"),
+    ):
+        group.add_argument(
+            f"--{name.replace('_', '-')}", type=positive, help=f"prefix_repetition: {meaning} ({default[name]})"
+        )
 
 
 def chosen(args: argparse.Namespace, names: Sequence[str], defaults: dict[str, Any] | None = None) -> list[Dataset]:

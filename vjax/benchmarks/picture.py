@@ -32,8 +32,11 @@ def check(path: Path) -> None:
         raise ConfigError(f"--output {path} must end in one of {', '.join('.' + kind for kind in kinds)}.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
         with path.open("ab"):
             pass
+        if is_new:
+            path.unlink()
     except OSError as e:
         raise ConfigError(f"--output {path} cannot be written ({e.strerror}); choose another file.") from e
 

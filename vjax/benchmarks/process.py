@@ -58,6 +58,9 @@ def main() -> None:
         reply = {"result": getattr(importlib.import_module(module), function)(**request["arguments"])}
     except VjaxValidationError as e:
         reply = {"refused": str(e)}
+    except KeyboardInterrupt:
+        # Ctrl-C goes to the parent too, which says so.
+        sys.exit(130)
     print(json.dumps(reply))
 
 
