@@ -18,7 +18,7 @@ LEAVES = {"config", "envs", "errors", "log", "messages", "metrics", "outputs", "
 #: Package of vjax -> the packages that it may import, leaves apart.
 ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
-    "benchmarks": {"runner", "scheduler"},
+    "benchmarks": {"llm", "runner", "scheduler"},
     "cli": {"benchmarks", "llm", "text"},
     "engine": {"models", "parallel", "runner", "scheduler", "text", "v1", "weights"},
     "kv": set(),
@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
 #: Packages that call kernels; the two modules ask pallas_kernels which implementation and which plan there will be.
 USE_KERNELS = {"layers", "sample", "quant", "lora"}
 PLAN_KERNELS = {"vjax.engine.builder", "vjax.runner.step"}
-NO_JAX = LEAVES | {"cli", "kv", "scheduler", "text"}
+NO_JAX = LEAVES | {"benchmarks", "cli", "kv", "scheduler", "text"}
 #: The only modules that read or set environment variables: the settings, and what JAX itself takes from there.
 #: Where torch may be imported, inside a function.
 COMPARE_WITH_TORCH = {"pallas_kernels.bench.attention"}

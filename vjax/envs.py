@@ -40,6 +40,13 @@ def compile_cache_enabled() -> bool:
     return _switch("VJAX_COMPILE_CACHE", default=True)
 
 
+def with_compile_cache(folder: str) -> dict[str, str]:
+    """This process's environment for a child that keeps its compiled executables in `folder`, and nowhere else."""
+    others = ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE")
+    kept = {name: value for name, value in os.environ.items() if name not in others}
+    return kept | {"VJAX_CACHE_DIR": folder, "VJAX_COMPILE_CACHE": "1"}
+
+
 def log_level() -> str:
     """One of LOG_LEVELS. Raises: ConfigError for another name."""
     level = os.environ.get("VJAX_LOG_LEVEL", "").strip().upper() or "INFO"

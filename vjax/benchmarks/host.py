@@ -6,10 +6,11 @@ Detokenisation and output building are not in it; they overlap with the device.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections import deque
+from collections.abc import Iterator
+from typing import Any
 
 from vjax.config.cache import CacheConfig
 from vjax.config.scheduler import SchedulerConfig
@@ -29,11 +30,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=256, help="measured decode steps")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Prints one JSON line per number of running requests, times in ms (median over the steps)."""
+def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A record per number of running requests."""
     for num_seqs in args.num_seqs:
-        print(json.dumps(measure(num_seqs, args.steps)), flush=True)
-    return 0
+        yield measure(num_seqs, args.steps)
+
+
+def row(record: dict[str, Any]) -> dict[str, str]:
+    """The table's row."""
+    parts = ("schedule", "pack", "update", "total")
+    return {
+        "running": str(record["num_seqs"]),
+        "steps": str(record["steps"]),
+        **{f"{part} ms": f"{record[f'{part}_ms']:.3f}" for part in parts},
+        "total p99 ms": f"{record['total_p99_ms']:.3f}",
+    }
 
 
 def measure(num_seqs: int, num_steps: int) -> dict[str, float | int | str]:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vjax.cli import engine_options
 from vjax.cli.output import deliver, open_output
 from vjax.errors import ConfigError
 
@@ -21,10 +22,10 @@ def add_parser(commands: Any) -> None:
         allow_abbrev=False,
         help="complete prompts",
         description="Completes each prompt and prints it with its completion.",
-        epilog="Engine arguments are given as --engine.NAME VALUE, for example --engine.max_model_len 1024.",
+        epilog=engine_options.EPILOG,
     )
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="prompts; none: one per line of standard input")
-    parser.add_argument("--model", default="vjax-tiny", help="folder, hub id or vjax-tiny (default: %(default)s)")
+    engine_options.add_model(parser)
     parser.add_argument("--max-tokens", type=int, default=64, help="tokens to generate (default: %(default)s)")
     parser.add_argument("--n", type=int, default=None, help="completions per prompt (default: 1)")
     parser.add_argument("--temperature", type=float, default=None, help="0 is greedy (default: the model's)")
@@ -44,7 +45,7 @@ def handle(args: argparse.Namespace) -> int:
     from vjax.sampling_params import SamplingParams
 
     prompts = args.prompts or _read_prompts()
-    engine = _engine_arguments(args)
+    engine = engine_options.engine_arguments(args, "vjax generate")
     fields = {name: value for name in _SAMPLING if (value := getattr(args, name)) is not None}
     fields["max_tokens"] = args.max_tokens
     SamplingParams(**fields)  # what is wrong is said before a model is loaded
@@ -58,18 +59,6 @@ def handle(args: argparse.Namespace) -> int:
         else:
             outputs = llm.generate(prompts, params, use_tqdm=show)
         return deliver(outputs, args.output, stream, as_json=args.json)
-
-
-def _engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    from vjax.config.file import apply_overrides
-
-    document = apply_overrides({"engine": {"model": args.model}}, args.overrides)
-    if unknown := sorted(set(document) - {"engine"}):
-        raise ConfigError(
-            f"--{unknown[0]}.* is not an override of `vjax generate`; only --engine.NAME VALUE is, and "
-            "`vjax generate --help` lists the options."
-        )
-    return document["engine"]
 
 
 def _read_prompts() -> list[str]:

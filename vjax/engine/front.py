@@ -44,9 +44,11 @@ class BaseLLMEngine:
         self._core = built.core
         self.config: EngineConfig = built.config
         self.tokenizer: Tokenizer | None = built.tokenizer
+        #: Token ids are below it.
+        self.vocab_size: int = built.arch.vocab_size
         self._inputs = InputProcessor(
             built.config,
-            vocab_size=built.arch.vocab_size,
+            vocab_size=self.vocab_size,
             tokenizer=self.tokenizer,
             eos_token_ids=built.arch.eos_token_ids,
         )
