@@ -155,7 +155,10 @@ def batch_of(
         ({}, {}),
         ({"tile_tokens": 64, "tile_keys": 128}, {"block_size": 64}),
         ({"tile_tokens": 32}, {"num_q_heads": 4, "block_size": 128}),
-        ({"warpgroups": 3, "tile_tokens": 192, "stages": 3, "registers": (160, 32)}, {"dtype": "float16", "block_size": 32}),
+        (
+            {"warpgroups": 3, "tile_tokens": 192, "stages": 3, "registers": (160, 32)},
+            {"dtype": "float16", "block_size": 32},
+        ),
         ({"overlap": False}, {"head_dim": 256, "num_q_heads": 1}),
     ],
     ids=["plain", "two_heads", "four_heads", "three_warpgroups", "head_256"],
