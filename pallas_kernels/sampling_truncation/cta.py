@@ -46,10 +46,9 @@ mov.b32 $0, $1;
 }"""
 
 
-def splat(value: Any, size: int = THREADS, dtype: Any = jnp.float32) -> jax.Array:
-    """An array of `size` (THREADS or VECTOR) equal elements."""
-    layout = LANE_LAYOUT if size == THREADS else VECTOR_LAYOUT
-    return plgpu.layout_cast(jnp.full((size,), value, dtype), layout)
+def splat(value: Any, dtype: Any = jnp.float32) -> jax.Array:
+    """[THREADS] of equal elements."""
+    return plgpu.layout_cast(jnp.full((THREADS,), value, dtype), LANE_LAYOUT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,4 +202,4 @@ def _per_thread(function: Callable[[Any, str], Any], values: jax.Array) -> jax.A
         (value,) = elements(array.registers.item())
         return lanes(function(value, "s32" if signed else "f32"), is_signed=signed)
 
-    return applied(values)  # pyright: ignore[reportReturnType]
+    return applied(values)  # pyright: ignore[reportReturnType, reportCallIssue]

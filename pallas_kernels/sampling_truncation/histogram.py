@@ -72,7 +72,7 @@ class Histogram:
             ((place,), (weight,)) = (elements(x.registers.item()) for x in (bins, weights))
             ptx(_ADD, arith.addi(first, copy), place, weight, result_types=None, has_side_effects=True)
 
-        added(self.values, bins, weights, self.cta.index)
+        added(self.values, bins, weights, self.cta.index)  # pyright: ignore[reportCallIssue]
 
     def take(self) -> list[jax.Array]:
         """The sums of the thread's bins, which are empty afterwards (for `add`: after the next reduction)."""

@@ -25,6 +25,9 @@ from pallas_kernels.sampling_truncation.row_scan import Row
 from pallas_kernels.sampling_truncation.threshold import Search
 from pallas_kernels.tuning import lookup
 
+_SMS = 132
+_SHORT = 16384
+"""Rows up to this length have too few loads for more than one warpgroup."""
 _FILLED = 0.55
 """Share of the pool that a scan is to fill; the fullest thread then still has room."""
 
@@ -48,9 +51,11 @@ class Config:
         assert self.warpgroups & (self.warpgroups - 1) == 0 and self.slots % 4 == 0
 
 
-def default_config(rows: int) -> Config:
+def default_config(rows: int, vocab: int) -> Config:
     """Without tuning data: two rows share an SM; while there is an SM for each row, a row has all of it."""
-    return Config(rows=1, warpgroups=4, samples=16) if rows <= 132 else Config()
+    if vocab <= _SHORT:
+        return Config(rows=4, warpgroups=1, samples=8, slots=44)
+    return Config(rows=1, warpgroups=4, samples=16, slots=44) if rows <= _SMS else Config()
 
 
 def truncate_logits(
@@ -66,7 +71,7 @@ def truncate_logits(
     rows, vocab = logits.shape
     if config is None:
         sizes = {"rows": rows, "vocab": vocab}
-        config = lookup("truncate_logits", Config, {}, sizes, lambda: default_config(rows))
+        config = lookup("truncate_logits", Config, {}, sizes, lambda: default_config(rows, vocab))
     log_min_p = jnp.where(min_p > 0, jnp.log(jnp.maximum(min_p, 1e-38)), -jnp.inf)
     missing = -vocab % THREADS if vocab > VECTOR else VECTOR - vocab
     padded = jnp.pad(logits, ((0, 0), (0, missing)), constant_values=-jnp.inf)
@@ -121,8 +126,9 @@ def _kernel(
     @pl.when(index < logits.shape[0])
     def _() -> None:
         partials = {jnp.dtype(jnp.float32): floats.at[team], jnp.dtype(jnp.int32): integers.at[team]}
-        own = [barriers.at[3 * team + i] for i in range(3)]
-        cta = Cta(lax.rem(warpgroup, config.warpgroups), config.warpgroups, partials, *own, interpret)
+        written, read, joined = (barriers.at[3 * team + i] for i in range(3))
+        own = lax.rem(warpgroup, config.warpgroups)
+        cta = Cta(own, config.warpgroups, partials, written, read, joined, interpret)
         row = Row(logits.at[index], cta, config.loads)
         k, p, log_m = top_k[index], top_p[index], log_min_p[index]
         options = Options(k.astype(jnp.float32), p, log_m, (k > 0) & (k < vocab), p < 1.0, log_m > -jnp.inf)

@@ -45,12 +45,10 @@ def _bitcast(scalar: jax.Array, dtype: Any, interpret: bool) -> jax.Array:
         return lax.bitcast_convert_type(scalar, dtype)
     unsigned = dtype == jnp.uint32
 
-    @plgpu.inline_mgpu(
-        arg_types=(SCALAR_LAYOUT,), return_type=plgpu.ShapeDtypeStruct((), dtype, layout=SCALAR_LAYOUT)
-    )
+    @plgpu.inline_mgpu(arg_types=(SCALAR_LAYOUT,), return_type=plgpu.ShapeDtypeStruct((), dtype, layout=SCALAR_LAYOUT))
     def cast(_: Any, value: Any) -> mgpu.FragmentedArray:
         wanted = ir.IntegerType.get_signless(32) if unsigned else ir.F32Type.get()
         bits = mgpu_utils.bitcast(value.registers.item(), wanted)
         return mgpu.FragmentedArray.splat(bits, (), is_signed=False if unsigned else None)
 
-    return cast(scalar)  # pyright: ignore[reportReturnType]
+    return cast(scalar)  # pyright: ignore[reportReturnType, reportCallIssue]

@@ -15,6 +15,8 @@ from pallas_kernels.sampling_truncation.scan_step import Brackets
 
 GUESS, BELOW, ABOVE, CROWDED = range(4)
 _TRIES = 4
+"""Scans for a goal that follow the sample; later ones halve, which always ends."""
+_SMALLEST_NORMAL = 1.1754944e-38
 _DEVIATIONS = 3.5
 """Half the width of a bracket for a rank, in standard deviations of the sample's rank, and ..."""
 _MARGIN = 6.0
@@ -47,7 +49,7 @@ class Goal(NamedTuple):
 
 def above(value: jax.Array) -> jax.Array:
     """The next float32 after a finite one; after 0, the smallest normal one."""
-    return value + lax.max(lax.abs(value) * jnp.float32(5.9604656e-08), jnp.float32(1.1754944e-38))
+    return value + lax.max(lax.abs(value) * jnp.float32(5.9604656e-08), jnp.float32(_SMALLEST_NORMAL))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +110,8 @@ class Planner:
         # Later scans look for their goal only.
         halve = (goal.mode == CROWDED) | (tries >= _TRIES)
         low = jnp.where(goal.mode == BELOW, sample.low_edge(next_low), goal.low)
-        low = jnp.where(halve, self._middle(goal), low)
+        one_value = above(goal.low) >= goal.high
+        low = jnp.where(halve, jnp.where(one_value, goal.low, self._middle(goal)), low)
         high = jnp.where(goal_low_rank - budget < 1, goal.high, sample.high_edge(next_high))
         high = jnp.where((goal.mode == ABOVE) & ~halve, high, goal.high)
         low = lax.max(lax.min(low, goal.high), goal.low)
@@ -123,7 +126,10 @@ class Planner:
         return Brackets(floor_low, floor_high, top_low, lax.max(top_high, top_low))
 
     def _middle(self, goal: Goal) -> jax.Array:
-        """The float32 half way between the goal's ends."""
+        """The float32 half way between the goal's ends; not a subnormal one, which comparisons may take for 0."""
         interpret = self.sample.cta.interpret
         low, high = ordered_scalar(goal.low, interpret), ordered_scalar(goal.high, interpret)
-        return value_of(low + lax.shift_right_logical(high - low, jnp.uint32(1)), interpret)
+        middle = value_of(low + lax.shift_right_logical(high - low, jnp.uint32(1)), interpret)
+        tiny = jnp.float32(_SMALLEST_NORMAL)
+        instead = jnp.where(goal.low >= 0, tiny, jnp.where(goal.high > 0, 0.0, -tiny))
+        return jnp.where(lax.abs(middle) < tiny, instead, middle)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic import load
 from pallas_kernels.sampling_truncation.cta import ADD, LANE_LAYOUT, MAX, THREADS, VECTOR, VECTOR_LAYOUT, Cta
-from pallas_kernels.sampling_truncation.scan_step import Brackets, Tally, visit
+from pallas_kernels.sampling_truncation.scan_step import BOTH, FLOOR, TOP, Brackets, Tally, visit
 
 SAMPLED_AT_ONCE = 8
 
@@ -48,27 +49,34 @@ class Row:
     def size(self) -> int:
         return self.values.shape[0]
 
-    def sample(self, pool: Any, rows: int) -> None:
-        """Fills the first rows of the threads' columns of `pool` with evenly spread values of the row."""
+    def sample(self, pool: Any, rows: int, tries: jax.Array) -> None:
+        """Fills the first rows of the threads' columns of `pool` with evenly spread values; each try, with others."""
         cta, total = self.cta, self.size // THREADS
+        blocks = rows * cta.warpgroups
+        shift = lax.rem(tries, jnp.int32(max(1, total // blocks)))
 
         @pl.loop(0, rows // SAMPLED_AT_ONCE)
         def _(step: Any) -> None:
             found = []
             for i in range(SAMPLED_AT_ONCE):
                 number = (step * SAMPLED_AT_ONCE + i) * cta.warpgroups + cta.index
-                start = pl.multiple_of(lax.div(number * total, rows * cta.warpgroups) * THREADS, THREADS)
+                start = pl.multiple_of((lax.div(number * total, blocks) + shift) * THREADS, THREADS)
                 found.append(load(self.values.at[pl.ds(start, THREADS)], LANE_LAYOUT))
             for i, values in enumerate(found):
                 pool[step * SAMPLED_AT_ONCE + i, cta.columns] = values
 
-    def scan(self, pool: Any, brackets: Brackets, reference: jax.Array) -> Scan:
-        """One pass over the row; see `visit`."""
+    def scan(self, pool: Any, brackets: Brackets, reference: jax.Array, masses: jax.Array) -> Scan:
+        """One pass over the row; see `visit`. Without `masses`, which top-p needs, top_low must be infinite."""
 
-        def visited(tally: Tally, vectors: Sequence[jax.Array]) -> Tally:
-            return visit(self.cta, pool, tally, vectors, brackets, reference)
+        def tallied(purpose: str) -> Tally:
+            visited = functools.partial(visit, self.cta, pool, brackets=brackets, reference=reference, purpose=purpose)
+            return self._fold(visited, Tally.empty())
 
-        tally = self._fold(visited, Tally.empty())
+        tally = lax.cond(
+            masses,
+            lambda: lax.cond(brackets.floor_low < brackets.floor_high, lambda: tallied(BOTH), lambda: tallied(TOP)),
+            lambda: tallied(FLOOR),
+        )
         kinds = [MAX, MAX, *[ADD] * (len(tally) - 2)]
         return Scan(tally.counts, *self.cta.reduce(tally, kinds))
 

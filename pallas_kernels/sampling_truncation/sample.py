@@ -47,10 +47,10 @@ class Sample:
     bins: int
 
     @classmethod
-    def of(cls, row: Row, pool: Any, rows: int, histogram: Histogram) -> Sample:
+    def of(cls, row: Row, pool: Any, rows: int, tries: jax.Array, histogram: Histogram) -> Sample:
         """Samples `rows` values for each thread, a multiple of SAMPLED_AT_ONCE; overwrites the pool."""
         cta, bins = row.cta, histogram.bins
-        row.sample(pool, rows)
+        row.sample(pool, rows, tries)
 
         def folded(function: Callable, carry: Any) -> Any:
             def step(i: Any, carry: Any) -> Any:

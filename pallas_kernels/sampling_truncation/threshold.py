@@ -1,8 +1,8 @@
 """The search for a row's threshold: brackets from a sample, one scan that collects what lies in them, then the exact
 value among those candidates. A scan that misses narrows the bracket for the next one.
 
-The floor is the threshold of top-k and min-p: max(k-th value, maximum + log(min_p)). The threshold of top-p is the largest
-value t >= floor whose mass from t on is at least p times the mass from the floor on. Masses are sums of
+The floor is the threshold of top-k and min-p: max(k-th value, maximum + log(min_p)). The threshold of top-p is the
+largest value t >= floor whose mass from t on is at least p times the mass from the floor on. Masses are sums of
 exp(x - reference). Sums and their order do not vary between runs.
 """
 
@@ -70,7 +70,7 @@ class Search:
 
     def _once(self, options: Options, state: State) -> State:
         def planned() -> tuple[Brackets, jax.Array]:
-            sample = Sample.of(self.row, self.pool, self.samples, self.histogram)
+            sample = Sample.of(self.row, self.pool, self.samples, state.tries, self.histogram)
             planner = Planner(sample, options, self.row.size, self.budget)
             brackets = planner.brackets(state.floor_known, state.floor, state.goal, state.tries)
             return brackets, jnp.where(state.referenced, state.reference, sample.largest)
@@ -80,7 +80,7 @@ class Search:
             return Brackets(lowest, lowest, infinity, infinity), jnp.float32(0)
 
         brackets, reference = lax.cond(options.uses_k | options.uses_p, planned, maximum_only)
-        scan = self.row.scan(self.pool, brackets, reference)
+        scan = self.row.scan(self.pool, brackets, reference, options.uses_p)
         known, floor, goal = self._floor(options, state, brackets, scan)
         return self._top(options, state, brackets, scan, reference, known, floor, goal)
 
