@@ -25,7 +25,7 @@ _OPTIONS = {
     "min-p 0.05": (0, 1.0, 0.05),
     "all three": (50, 0.9, 0.02),
 }
-_LOGITS: dict[str, Callable[[jax.Array], jax.Array]] = {
+LOGITS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "normal": lambda x: x * 3,
     "flat": lambda x: x * 0.01,
     "peaked": lambda x: x * 12,
@@ -33,17 +33,14 @@ _LOGITS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "constant": lambda x: x * 0,
     "masked": lambda x: jnp.where(x > 1, x, -jnp.inf),
 }
-# Fields of mosaic_sampled.Config, in order; the ones that compile without spills.
+# Fields of mosaic_gpu.Config, in order; the ones that compile without spills.
 CANDIDATES = (
-    (8, 2, 4, 12, True),
-    (8, 2, 4, 12, False),
-    (4, 2, 8, 24, True),
-    (4, 3, 8, 24, True),
-    (4, 4, 8, 24, False),
-    (4, 3, 8, 32, True),
-    (4, 6, 8, 24, False),
-    (2, 4, 16, 40, True),
-    (2, 6, 16, 40, True),
+    (2, 2, 6, 32, 88),
+    (2, 2, 5, 32, 88),
+    (2, 2, 4, 32, 88),
+    (2, 2, 3, 32, 88),
+    (1, 4, 6, 16, 44),
+    (1, 4, 4, 16, 44),
 )
 
 
@@ -67,7 +64,7 @@ def _timed() -> list[Timed]:
 
 
 def _tuned() -> list[Tuned]:
-    from pallas_kernels.sampling_truncation import mosaic_sampled as kernel
+    from pallas_kernels.sampling_truncation import mosaic_gpu as kernel
 
     def timed(rows: int, vocab: int, config: Any) -> Timed:
         run = functools.partial(kernel.truncate_logits, config=config, interpret=False)
@@ -79,7 +76,7 @@ def _tuned() -> list[Tuned]:
             "truncate_logits",
             {},
             {"rows": rows, "vocab": vocab},
-            [kernel.default_config(rows), *candidates],
+            [kernel.default_config(rows, vocab), *candidates],
             functools.partial(timed, rows, vocab),
         )
         for rows, vocab in ((1, 128256), (64, 128256), (256, 128256), (256, 151936), (256, 32000))
@@ -89,7 +86,7 @@ def _tuned() -> list[Tuned]:
 def _error(kind: str, rows: int, vocab: int, implementation: str) -> float:
     """Probability of the values on which the kept sets differ; infinite when a kept value changed."""
     options = [list(_OPTIONS.values())[row % len(_OPTIONS)] for row in range(rows)]
-    logits = np.asarray(_LOGITS[kind](normal((rows, vocab), jnp.float32, 7)))
+    logits = np.asarray(LOGITS[kind](normal((rows, vocab), jnp.float32, 7)))
     columns = [np.array(column) for column in zip(*options, strict=True)]
     typed = [jnp.asarray(x, t) for x, t in zip(columns, (jnp.int32, jnp.float32, jnp.float32), strict=True)]
     got = np.asarray(truncate_logits(jnp.asarray(logits), *typed, implementation=implementation))
@@ -107,7 +104,7 @@ def _checked() -> list[Checked]:
     return [
         # float32 sums move a threshold by rounding.
         Checked(f"{kind}, 12 x {vocab}", functools.partial(_error, kind, 12, vocab), 5e-5)
-        for kind, vocab in itertools.product(_LOGITS, vocabs)
+        for kind, vocab in itertools.product(LOGITS, vocabs)
     ]
 
 

@@ -28,8 +28,8 @@ def truncate_logits(
     """Sets the logits outside the kept set of each row to -inf; at least the largest logit is kept.
 
     vLLM's order: min_p, then top_k, then top_p, each on what the one before left, with probabilities renormalised
-    over what top_k left. Sort-free: the kept set is {logit >= threshold}, and the threshold is found by bisection on
-    the ordered bits of float32. Ties with the threshold are kept.
+    over what top_k left. Sort-free: the kept set is {logit >= threshold}, and the threshold is found on the ordered
+    bits of float32. Ties with the threshold are kept.
 
     Args:
         logits: f32[R, V], after temperature. -inf is allowed; every row needs a finite maximum.

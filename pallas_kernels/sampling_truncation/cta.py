@@ -1,26 +1,26 @@
-"""A CTA of several warpgroups that works on one row: layouts, reductions over all of its threads, compaction.
+"""A CTA of several warpgroups that works on one row: layouts, reductions and sums over all of its threads.
 
 Mosaic GPU's own reductions give all warpgroups of a CTA the same scratch memory, so two of them must not reduce at the
-same time; these use shuffles within a warp and a buffer with a place for each warp. Two steps have no Pallas primitive
-and are written in the lower level, with a plain equivalent for the interpreter.
+same time; these use shuffles within a warp and a buffer with a place for each warp. Steps that have no Pallas primitive
+are written in the lower level, with a plain equivalent for the interpreter.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import vector
 
 THREADS = 128
 """Threads of a warpgroup."""
@@ -28,60 +28,56 @@ WARP = 32
 VECTOR = 4 * THREADS
 """Elements of one 16-byte load by every thread of a warpgroup."""
 MAX_REDUCED = 8
-"""Most values that one `Cta.reduce` takes."""
+"""Most values of one type that one `Cta.reduce` or `Cta.sums_from` takes."""
 
 LANE_LAYOUT = plgpu.Layout.WG_STRIDED((THREADS,), vec_size=1)
 VECTOR_LAYOUT = plgpu.Layout.WG_STRIDED((VECTOR,), vec_size=4)
+SCALAR_LAYOUT = plgpu.Layout.WG_SPLAT(())
 
 ADD, MAX, MIN = "add", "max", "min"
 _COMBINE = {ADD: lax.add, MAX: lax.max, MIN: lax.min}
-_APPEND = """{
-.reg .pred wanted, fits;
-setp.ge.f32 wanted, $2, $3;
-setp.lt.and.f32 wanted, $2, $4, wanted;
-setp.lt.and.u32 fits, $1, $5, wanted;
-@fits st.shared.f32 [$1], $2;
+_OF_WARP = {ADD: jnp.sum, MAX: jnp.max, MIN: jnp.min}
+_SUFFIX_STEP = """{
+.reg .pred has;
+.reg .b32 other;
+shfl.sync.down.b32 other|has, $1, DISTANCE, 31, 0xffffffff;
 mov.b32 $0, $1;
-@wanted add.u32 $0, $0, $6;
+@has add.TYPE $0, $0, other;
 }"""
-"""Stores $2 at $1 if it lies in [$3, $4) and $1 is below $5. The next address is one row of $6 bytes on if it does."""
-_PTX = {ADD: "add.f32", MAX: "max.f32", MIN: "min.f32"}
 
 
-def splat(value: Any, size: int = THREADS, dtype: Any = jnp.float32) -> jax.Array:
-    """An array of `size` (THREADS or VECTOR) equal elements."""
-    layout = LANE_LAYOUT if size == THREADS else VECTOR_LAYOUT
-    return plgpu.layout_cast(jnp.full((size,), value, dtype), layout)
-
-
-class Pool(NamedTuple):
-    """Values of the row in shared memory: thread t owns column t, of which the first counts[t] rows are used."""
-
-    values: Any
-    """f32[rows, columns] reference."""
-    counts: jax.Array
-    """i32[THREADS]: of this warpgroup's threads. May exceed the rows: then values were dropped."""
-    used_rows: jax.Array
-    """i32: the largest count of the CTA, at most the number of rows."""
+def splat(value: Any, dtype: Any = jnp.float32) -> jax.Array:
+    """[THREADS] of equal elements."""
+    return plgpu.layout_cast(jnp.full((THREADS,), value, dtype), LANE_LAYOUT)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cta:
-    """The warpgroup's view of its CTA. All warpgroups must call `reduce` equally often."""
+    """The warpgroup's view of its CTA. All warpgroups must call its methods equally often."""
 
     index: jax.Array
     warpgroups: int
-    partials: Any
-    """f32[MAX_REDUCED, warpgroups * THREADS] in shared memory."""
+    partials: dict[Any, Any]
+    """dtype -> [MAX_REDUCED, warpgroups * THREADS] in shared memory, of float32 and int32."""
     written: Any
     read: Any
+    joined: Any
     """Barriers with one arrival from each warpgroup."""
     interpret: bool
 
     @property
+    def threads(self) -> int:
+        return self.warpgroups * THREADS
+
+    @property
     def columns(self) -> Any:
-        """The columns of a pool that belong to this warpgroup."""
-        return plgpu_ds(self.index * THREADS, THREADS)
+        """The columns of this warpgroup's threads, where each thread of the CTA has one."""
+        return pl.ds(pl.multiple_of(self.index * THREADS, THREADS), THREADS)
+
+    @property
+    def thread(self) -> jax.Array:
+        """i32[THREADS]: each thread's number in the CTA."""
+        return plgpu.broadcasted_iota(jnp.int32, (THREADS,), 0, layout=LANE_LAYOUT) + self.index * THREADS
 
     def start(self) -> None:
         """Before the first reduction."""
@@ -91,18 +87,16 @@ class Cta:
         """After the last reduction."""
         plgpu.barrier_wait(self.read)
 
+    def join(self) -> None:
+        """Waits for all threads of the CTA; what they wrote to shared memory is visible to all."""
+        plgpu.barrier_arrive(self.joined)
+        plgpu.barrier_wait(self.joined)
+
     def reduce(self, values: Sequence[jax.Array], kinds: Sequence[str]) -> list[jax.Array]:
-        """Scalars: each f32[THREADS] or f32[VECTOR] of all warpgroups reduced, in an order that does not vary."""
-        assert len(values) <= MAX_REDUCED
-        by_warp = [self._warp_reduce(value, kind) for value, kind in zip(values, kinds, strict=True)]
-        plgpu.barrier_wait(self.read)
-        for i, value in enumerate(by_warp):
-            self.partials[i, self.columns] = value
-        plgpu.barrier_arrive(self.written)
-        plgpu.barrier_wait(self.written)
+        """Scalars: each f32 or i32 [THREADS] of all warpgroups reduced, in an order that does not vary."""
+        by_warp = [self._of_warp(value, kind) for value, kind in zip(values, kinds, strict=True)]
         results = []
-        for i, kind in enumerate(kinds):
-            parts = [self.partials[i, start] for start in range(0, self.warpgroups * THREADS, WARP)]
+        for kind, parts in zip(kinds, self._exchange(by_warp), strict=True):
             while len(parts) > 1:
                 pairs = zip(parts[::2], parts[1::2], strict=True)
                 parts = [_COMBINE[kind](a, b) for a, b in pairs]
@@ -110,99 +104,102 @@ class Cta:
         plgpu.barrier_arrive(self.read)
         return results
 
-    def _warp_reduce(self, values: jax.Array, kind: str) -> jax.Array:
-        """f32[THREADS]: what a thread's warp holds, reduced."""
-        if self.interpret:
-            warps = values.reshape(THREADS // WARP, -1)
-            totals = {ADD: jnp.sum, MAX: jnp.max, MIN: jnp.min}[kind](warps, axis=1, keepdims=True)
-            return jnp.broadcast_to(totals, (THREADS // WARP, WARP)).reshape(THREADS)
-        layout = LANE_LAYOUT if values.shape[0] == THREADS else VECTOR_LAYOUT
-        result = plgpu.ShapeDtypeStruct((THREADS,), jnp.float32, layout=LANE_LAYOUT)
+    def sums_from(self, families: Sequence[Sequence[jax.Array]]) -> list[list[jax.Array]]:
+        """For each family of groups of one value per thread: for each value the sum of it and of all after it.
 
-        @plgpu.inline_mgpu(arg_types=(layout,), return_type=result)
-        def by_warp(_: Any, *arguments: Any) -> mgpu.FragmentedArray:
-            (array,) = arguments
-            parts = [part for register in array.registers.flat for part in _elements(register)]
-            total = parts[0]
-            for part in parts[1:]:
-                total = _binary(kind, total, part)
-            for distance in (16, 8, 4, 2, 1):
-                total = _binary(kind, total, mgpu_utils.shfl_bfly(total, distance))
-            return _lanes([total])
-
-        return by_warp(values)  # pyright: ignore[reportReturnType]
-
-    def compact(self, pool: Any, counts: jax.Array, values: jax.Array, low: Any, high: Any) -> jax.Array:
-        """Appends the values v of f32[VECTOR] with low <= v < high to their threads' columns of a pool's values.
-
-        Returns the new counts; values that find no row are counted and dropped.
+        In order: the groups, and within a group the threads of the CTA.
         """
-        rows, columns = pool.shape
+        flat = [values for family in families for values in family]
+        suffixes = [self._suffix_of_warp(values) for values in flat]
+        totals = self._exchange([self._of_warp(values, ADD) for values in flat])
+        warp = self.thread // WARP
+        results, i = [], 0
+        for family in families:
+            sums: list[jax.Array] = [None] * len(family)  # pyright: ignore[reportAssignmentType]
+            after = jnp.zeros((), family[0].dtype)
+            for group in reversed(range(len(family))):
+                total = suffixes[i + group] + after
+                for w, part in enumerate(totals[i + group]):
+                    if w:
+                        total = total + jnp.where(warp < w, part, jnp.zeros((), part.dtype))
+                    after = after + part
+                sums[group] = total
+            results.append(sums)
+            i += len(family)
+        plgpu.barrier_arrive(self.read)
+        return results
+
+    def _exchange(self, by_warp: Sequence[jax.Array]) -> list[list[jax.Array]]:
+        """For each [THREADS], equal within a warp, the scalars of all warps. The caller arrives at `read` after use."""
+        plgpu.barrier_wait(self.read)
+        used = dict.fromkeys(self.partials, 0)
+        places = []
+        for value in by_warp:
+            buffer, row = self.partials[value.dtype], used[value.dtype]
+            assert row < MAX_REDUCED
+            used[value.dtype] += 1
+            buffer[row, self.columns] = value
+            places.append((buffer, row))
+        plgpu.barrier_arrive(self.written)
+        plgpu.barrier_wait(self.written)
+        return [[buffer[row, first] for first in range(0, self.threads, WARP)] for buffer, row in places]
+
+    def _of_warp(self, values: jax.Array, kind: str) -> jax.Array:
+        """[THREADS]: the values of a thread's warp, reduced."""
         if self.interpret:
-            return _plain_compact(pool, self.columns, counts, values, low, high)
-        scalar = plgpu.Layout.WG_SPLAT(())
+            totals = _OF_WARP[kind](values.reshape(-1, WARP), axis=1, keepdims=True).astype(values.dtype)
+            return jnp.broadcast_to(totals, (THREADS // WARP, WARP)).reshape(THREADS)
 
-        @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(), LANE_LAYOUT, VECTOR_LAYOUT, scalar, scalar, scalar),
-            return_type=plgpu.ShapeDtypeStruct((THREADS,), jnp.int32, layout=LANE_LAYOUT),
-        )
-        def appended(_: Any, *arguments: Any) -> mgpu.FragmentedArray:
-            pool, counts, values, *scalars = arguments
-            i32 = ir.IntegerType.get_signless(32)
-            low, high, warpgroup = (x.registers.item() for x in scalars)
-            lane = arith.remui(mgpu_utils.thread_idx(), mgpu_utils.c(THREADS, i32))
-            column = arith.addi(arith.muli(warpgroup, mgpu_utils.c(THREADS, i32)), lane)
-            first = llvm.ptrtoint(i32, mgpu_utils.memref_ptr(pool))
-            first = arith.addi(first, arith.muli(column, mgpu_utils.c(4, i32)))
-            end = arith.addi(first, mgpu_utils.c(4 * rows * columns, i32))
-            row_bytes = mgpu_utils.c(4 * columns, i32)
-            (count,) = _elements(counts.registers.item())
-            address = arith.addi(first, arith.muli(count, row_bytes))
-            for register in values.registers.flat:
-                for value in _elements(register):
-                    address = mgpu_utils.inline_ptx(  # pyright: ignore[reportAttributeAccessIssue]
-                        _APPEND, address, value, low, high, end, row_bytes, result_types=i32, has_side_effects=True
-                    )
-            return _lanes([arith.divui(arith.subi(address, first), row_bytes)], is_signed=True)
+        def reduced(value: Any, ptx_type: str) -> Any:
+            for distance in (16, 8, 4, 2, 1):
+                other = mgpu_utils.shfl_bfly(value, distance)
+                value = ptx(f"{kind}.{ptx_type} $0, $1, $2;", value, other, result_types=value.type)
+            return value
 
-        return appended(pool, counts, values, low, high, self.index)  # pyright: ignore[reportReturnType]
+        return _per_thread(reduced, values)
+
+    def _suffix_of_warp(self, values: jax.Array) -> jax.Array:
+        """[THREADS]: the sum of a thread's value and those of the later threads of its warp."""
+        if self.interpret:
+            warps = values.reshape(-1, WARP)
+            return jnp.cumsum(warps[:, ::-1], axis=1, dtype=values.dtype)[:, ::-1].reshape(THREADS)
+
+        def summed(value: Any, ptx_type: str) -> Any:
+            for distance in (1, 2, 4, 8, 16):
+                step = _SUFFIX_STEP.replace("DISTANCE", str(distance)).replace("TYPE", ptx_type)
+                value = ptx(step, value, result_types=value.type, convergent=True)
+            return value
+
+        return _per_thread(summed, values)
 
 
-def plgpu_ds(start: Any, size: int) -> Any:
-    """A slice that starts at a multiple of its size."""
-    from jax.experimental import pallas as pl
-
-    return pl.ds(pl.multiple_of(start, size), size)
+def ptx(code: str, *arguments: Any, result_types: Any, **options: Any) -> Any:
+    """Inline PTX within `plgpu.inline_mgpu`."""
+    return mgpu_utils.inline_ptx(code, *arguments, result_types=result_types, **options)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _elements(register: Any) -> list[Any]:
+def elements(register: Any) -> list[Any]:
     """The scalars of a register of a FragmentedArray."""
     (size,) = ir.VectorType(register.type).shape
     extract = vector.extract
     return [extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i])) for i in range(size)]
 
 
-def _lanes(scalars: Sequence[Any], is_signed: bool | None = None) -> mgpu.FragmentedArray:
+def lanes(scalar: Any, is_signed: bool | None = None) -> mgpu.FragmentedArray:
     """The array in LANE_LAYOUT that holds each thread's scalar."""
-    registers = [vector.broadcast(ir.VectorType.get((1,), x.type), x) for x in scalars]
-    return mgpu.FragmentedArray(
-        _registers=np.array(registers, dtype=object), _layout=LANE_LAYOUT.to_mgpu(), _is_signed=is_signed
-    )
+    register = vector.broadcast(ir.VectorType.get((1,), scalar.type), scalar)
+    registers = np.array([register], dtype=object)
+    return mgpu.FragmentedArray(_registers=registers, _layout=LANE_LAYOUT.to_mgpu(), _is_signed=is_signed)
 
 
-def _binary(kind: str, a: Any, b: Any) -> Any:
-    return mgpu_utils.inline_ptx(f"{_PTX[kind]} $0, $1, $2;", a, b, result_types=ir.F32Type.get())  # pyright: ignore[reportAttributeAccessIssue]
+def _per_thread(function: Callable[[Any, str], Any], values: jax.Array) -> jax.Array:
+    """Applies a function of (a thread's value, its PTX type) to f32 or i32 [THREADS]."""
+    signed = True if values.dtype == jnp.int32 else None
+    result = plgpu.ShapeDtypeStruct((THREADS,), values.dtype, layout=LANE_LAYOUT)
 
+    @plgpu.inline_mgpu(arg_types=(LANE_LAYOUT,), return_type=result)
+    def applied(_: Any, array: Any) -> mgpu.FragmentedArray:
+        (value,) = elements(array.registers.item())
+        return lanes(function(value, "s32" if signed else "f32"), is_signed=signed)
 
-def _plain_compact(pool: Any, columns: Any, counts: jax.Array, values: jax.Array, low: Any, high: Any) -> jax.Array:
-    rows = pool.shape[0]
-    held = pool[:, columns]
-    row = jnp.arange(rows, dtype=jnp.int32)[:, None]
-    per_thread = values.reshape(THREADS, -1)
-    for j in range(math.prod(values.shape) // THREADS):
-        value = per_thread[:, j]
-        wanted = (value >= low) & (value < high)
-        held = jnp.where((row == counts) & wanted, value, held)
-        counts = counts + wanted.astype(jnp.int32)
-    pool[:, columns] = held
-    return counts
+    return applied(values)  # pyright: ignore[reportReturnType, reportCallIssue]

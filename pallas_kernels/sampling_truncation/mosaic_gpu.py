@@ -1,17 +1,14 @@
-"""Sampling truncation for Hopper in Pallas Mosaic GPU: one CTA per row, which stays in the L2 while it is searched.
+"""Sampling truncation for Hopper in Pallas Mosaic GPU: one CTA per row, which is read about once before it is written.
 
-Every pass over the row evaluates three pivots and so takes two bits of the threshold; top-k and top-p each need at
-most 16 passes. Rows that need no truncation are only copied.
-
-A CTA has one warpgroup only: Mosaic GPU gives all warpgroups of a CTA the same scratch memory for reductions across
-warps, so two of them must not reduce at the same time.
+A sample of the row brackets the thresholds; one scan collects the values in the brackets into shared memory and sums up
+what lies above them; the exact threshold is found among those candidates. A scan that misses is repeated with what it
+taught. Bound by memory: a read, then a read and a write of the row.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,153 +16,128 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.typing import DTypeLike
 
-from pallas_kernels.mosaic import interpret_params, load
+from pallas_kernels.mosaic import interpret_params
+from pallas_kernels.sampling_truncation.cta import MAX_REDUCED, THREADS, VECTOR, Cta
+from pallas_kernels.sampling_truncation.histogram import GROUPS, Histogram
+from pallas_kernels.sampling_truncation.planning import Options
+from pallas_kernels.sampling_truncation.row_scan import Row
+from pallas_kernels.sampling_truncation.threshold import Search
+from pallas_kernels.tuning import lookup
 
-_THREADS = 128
-_VECTOR = 4 * _THREADS  # values of one 16-byte load by every thread
-_LOADS = 8  # loads in flight
-_STEP = _LOADS * _VECTOR
-_LOG2E = math.log2(math.e)
+_SMS = 132
+_SHORT = 16384
+"""Rows up to this length have too few loads for more than one warpgroup."""
+_FILLED = 0.55
+"""Share of the pool that a scan is to fill; the fullest thread then still has room."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tuning parameters."""
+
+    rows: int = 2
+    """Rows of a CTA, each with warpgroups of its own. 4 warpgroups in all keep threads at 128 registers."""
+    warpgroups: int = 2
+    """Of a row; a power of two."""
+    loads: int = 6
+    """16-byte loads that a thread issues together."""
+    samples: int = 32
+    """Values of the sample for each thread; a multiple of 8, at most the slots."""
+    slots: int = 88
+    """Candidates that a thread can hold; a multiple of 4."""
+
+    def __post_init__(self) -> None:
+        assert self.warpgroups & (self.warpgroups - 1) == 0 and self.slots % 4 == 0
+
+
+def default_config(rows: int, vocab: int) -> Config:
+    """Without tuning data: two rows share an SM; while there is an SM for each row, a row has all of it."""
+    if vocab <= _SHORT:
+        return Config(rows=4, warpgroups=1, samples=8, slots=44)
+    return Config(rows=1, warpgroups=4, samples=16, slots=44) if rows <= _SMS else Config()
 
 
 def truncate_logits(
-    logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array, *, interpret: bool
+    logits: jax.Array,
+    top_k: jax.Array,
+    top_p: jax.Array,
+    min_p: jax.Array,
+    *,
+    interpret: bool,
+    config: Config | None = None,
 ) -> jax.Array:
     """See api.truncate_logits; `interpret` runs the kernel on the CPU with race detection."""
     rows, vocab = logits.shape
+    if config is None:
+        sizes = {"rows": rows, "vocab": vocab}
+        config = lookup("truncate_logits", Config, {}, sizes, lambda: default_config(rows, vocab))
     log_min_p = jnp.where(min_p > 0, jnp.log(jnp.maximum(min_p, 1e-38)), -jnp.inf)
-    padded = jnp.pad(logits, ((0, 0), (0, -vocab % _THREADS)), constant_values=-jnp.inf)
+    missing = -vocab % THREADS if vocab > VECTOR else VECTOR - vocab
+    padded = jnp.pad(logits, ((0, 0), (0, missing)), constant_values=-jnp.inf)
+    threads = config.warpgroups * THREADS
     kernel = plgpu.kernel(
-        functools.partial(_kernel, vocab),
+        functools.partial(_kernel, config, vocab, interpret),
         out_type=jax.ShapeDtypeStruct(padded.shape, jnp.float32),
-        grid=(rows,),
-        grid_names=("row",),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        scratch_types={
+            "pool": plgpu.SMEM((config.rows, config.slots, threads), jnp.float32),
+            "bins": plgpu.SMEM((config.rows, config.warpgroups, GROUPS, threads), jnp.int32),
+            "floats": plgpu.SMEM((config.rows, MAX_REDUCED, threads), jnp.float32),
+            "integers": plgpu.SMEM((config.rows, MAX_REDUCED, threads), jnp.int32),
+            "barriers": plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=3 * config.rows),
+        },
+        grid=(pl.cdiv(rows, config.rows),),
+        grid_names=("cta",),
+        num_threads=config.rows * config.warpgroups,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            # Threads read only their own columns of the pool, and all else under the CTA's barriers.
+            unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=0,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
         interpret=interpret_params(interpret),
         kernel_name="truncate_logits",
     )
     return kernel(padded, top_k, top_p, log_min_p)[:, :vocab]
 
 
-def _kernel(vocab: int, logits: Any, top_k: Any, top_p: Any, log_min_p: Any, output: Any) -> None:
-    """Body of one CTA."""
-    index = lax.axis_index("row")
-    row = logits.at[index]
-    k, p, log_m = top_k[index], top_p[index], log_min_p[index]
-    uses_k, uses_p = (k > 0) & (k < vocab), p < 1.0
-    needed = uses_k | uses_p | (log_m > -jnp.inf)
-    lowest = lax.cond(needed, lambda: _threshold(row, uses_k, k, uses_p, p, log_m), lambda: jnp.float32(-jnp.inf))
-    _store_kept(row, output.at[index], lowest)
+def _kernel(
+    config: Config,
+    vocab: int,
+    interpret: bool,
+    logits: Any,
+    top_k: Any,
+    top_p: Any,
+    log_min_p: Any,
+    output: Any,
+    pool: Any,
+    bins: Any,
+    floats: Any,
+    integers: Any,
+    barriers: Any,
+) -> None:
+    """Body of one warpgroup."""
+    warpgroup = lax.axis_index("warpgroup")
+    team = lax.div(warpgroup, config.warpgroups)
+    index = lax.axis_index("cta") * config.rows + team
 
-
-def _threshold(row: Any, uses_k: Any, k: Any, uses_p: Any, p: Any, log_min_p: Any) -> jax.Array:
-    """The smallest logit of the row that is kept."""
-    (maximum,) = _reduce(row, lambda x: (x,), jnp.maximum, -jnp.inf, 1)
-    low, high = _ordered(maximum + log_min_p), _ordered(maximum)
-
-    def sums(weight: Callable, pivots: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        """For each pivot the sum of weight(x) over the x of the row that are not below it."""
-        values = tuple(_value(pivot) for pivot in pivots)
-
-        def parts(x: jax.Array) -> tuple[jax.Array, ...]:
-            weights = weight(x)
-            return tuple(jnp.where(x >= value, weights, 0.0) for value in values)
-
-        return _reduce(row, parts, jnp.add, 0.0, len(values))
-
-    count = functools.partial(sums, jnp.ones_like)
-    low = lax.cond(uses_k, lambda: _search(count, k.astype(jnp.float32), low, high), lambda: low)
-
-    def search_p() -> jax.Array:
-        mass = functools.partial(sums, lambda x: jnp.exp2((x - maximum) * _LOG2E))
-        (total,) = mass((low,))
-        return _search(mass, p * total, low, high)
-
-    return _value(lax.cond(uses_p, search_p, lambda: low))
-
-
-def _search(sums: Callable, target: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-    """The largest ordered value in [low, high] from which on the row sums to the target.
-
-    The sum from `low` on is taken to reach the target. A pivot that meets the target exactly ends the search: no
-    other one keeps fewer values.
-    """
-
-    def narrow(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = state
-        middle = _middle(low, high)
-        pivots = (_middle(low, middle - 1), middle, _middle(middle, high))
-        for pivot, total in zip(pivots, sums(pivots), strict=True):
-            low = jnp.where(total >= target, jnp.maximum(low, pivot), low)
-            high = jnp.where(total > target, high, jnp.minimum(high, jnp.where(total == target, pivot, pivot - 1)))
-        return low, high
-
-    return lax.while_loop(lambda state: state[0] < state[1], narrow, (low, high))[0]
-
-
-def _reduce(row: Any, parts: Callable, combine: Callable, identity: float, results: int) -> tuple[jax.Array, ...]:
-    """Scalars: `parts` (an array of values to `results` arrays) of the whole row, combined."""
-    to_scalar = jnp.max if combine is jnp.maximum else jnp.sum
-    steps, tail = divmod(row.shape[0], _STEP)
-
-    def step(i: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        start = pl.multiple_of(i * _STEP, _STEP)
-        for values in [_load(row, start + j * _VECTOR, _VECTOR) for j in range(_LOADS)]:
-            carry = tuple(combine(old, new) for old, new in zip(carry, parts(values), strict=True))
-        return carry
-
-    empty = plgpu.layout_cast(jnp.full((_VECTOR,), identity, jnp.float32), _layout(_VECTOR))
-    scalars = tuple(map(to_scalar, lax.fori_loop(0, steps, step, (empty,) * results)))
-    if tail:
-        extra = map(to_scalar, parts(_load(row, steps * _STEP, tail)))
-        scalars = tuple(combine(old, new) for old, new in zip(scalars, extra, strict=True))
-    return scalars
-
-
-def _store_kept(row: Any, output: Any, lowest: jax.Array) -> None:
-    """Writes the row with -inf for what lies below `lowest`."""
-    steps, tail = divmod(row.shape[0], _STEP)
-
-    def store(start: Any, values: jax.Array) -> None:
-        output[pl.ds(start, values.shape[0])] = jnp.where(values >= lowest, values, -jnp.inf)
-
-    @pl.loop(0, steps)
-    def _(i: Any) -> None:
-        starts = [pl.multiple_of(i * _STEP, _STEP) + j * _VECTOR for j in range(_LOADS)]
-        for start, values in zip(starts, [_load(row, start, _VECTOR) for start in starts], strict=True):
-            store(start, values)
-
-    if tail:
-        store(steps * _STEP, _load(row, steps * _STEP, tail))
-
-
-def _middle(low: jax.Array, high: jax.Array) -> jax.Array:
-    """The mean, rounded up, without overflow."""
-    return (low | high) - ((low ^ high) >> 1)
-
-
-def _ordered(value: jax.Array) -> jax.Array:
-    """int32 that compares like the float32."""
-    bits = _bitcast(value, jnp.int32)
-    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-def _value(ordered: jax.Array) -> jax.Array:
-    """The float32 of an ordered int32."""
-    return _bitcast(jnp.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered), jnp.float32)
-
-
-def _bitcast(scalar: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Bitcast of a scalar by way of a vector: Mosaic GPU lowers it for vectors only."""
-    vector = plgpu.layout_cast(jnp.full((_THREADS,), scalar), _layout(_THREADS))
-    return lax.bitcast_convert_type(vector, dtype).max()
-
-
-def _layout(size: int) -> Any:
-    return plgpu.Layout.WG_STRIDED((size,), vec_size=math.gcd(size // _THREADS, 4))
-
-
-def _load(row: Any, start: Any, size: int) -> jax.Array:
-    return load(row.at[pl.ds(start, size)], _layout(size))
+    @pl.when(index < logits.shape[0])
+    def _() -> None:
+        partials = {jnp.dtype(jnp.float32): floats.at[team], jnp.dtype(jnp.int32): integers.at[team]}
+        written, read, joined = (barriers.at[3 * team + i] for i in range(3))
+        own = lax.rem(warpgroup, config.warpgroups)
+        cta = Cta(own, config.warpgroups, partials, written, read, joined, interpret)
+        row = Row(logits.at[index], cta, config.loads)
+        k, p, log_m = top_k[index], top_p[index], log_min_p[index]
+        options = Options(k.astype(jnp.float32), p, log_m, (k > 0) & (k < vocab), p < 1.0, log_m > -jnp.inf)
+        histogram = Histogram(bins.at[team], cta)
+        budget = _FILLED * config.slots * cta.threads
+        search = Search(row, pool.at[team], histogram, config.samples, budget)
+        cta.start()
+        histogram.start()
+        needed = options.uses_k | options.uses_p | options.uses_min_p
+        lowest = lax.cond(needed, lambda: search.threshold(options), lambda: jnp.float32(-jnp.inf))
+        cta.finish()
+        row.store_kept(output.at[index], lowest)

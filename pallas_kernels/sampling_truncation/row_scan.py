@@ -15,46 +15,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic import load
-from pallas_kernels.sampling_truncation.cta import (
-    ADD,
-    LANE_LAYOUT,
-    MAX,
-    THREADS,
-    VECTOR,
-    VECTOR_LAYOUT,
-    Cta,
-    Pool,
-    splat,
-)
+from pallas_kernels.sampling_truncation.cta import ADD, LANE_LAYOUT, MAX, THREADS, VECTOR, VECTOR_LAYOUT, Cta
+from pallas_kernels.sampling_truncation.scan_step import BOTH, FLOOR, TOP, Brackets, Tally, visit
 
-LOWEST = -3.4028235e38
-"""The smallest finite float32: what is below it is masked out."""
-_LOG2E = math.log2(math.e)
-
-
-def weight(values: jax.Array, reference: Any) -> jax.Array:
-    """exp(values - reference)."""
-    return jnp.exp2((values - reference) * _LOG2E)
+SAMPLED_AT_ONCE = 8
 
 
 class Scan(NamedTuple):
-    """What one scan found. Masses are sums of weight(x, reference); zero in a scan without masses."""
+    """What one scan found: Tally's sums over the whole row."""
 
-    low: jax.Array
-    high: jax.Array
-    """Candidates are the values in [low, high)."""
-    candidates: jax.Array
-    """i32[THREADS]: the counts of the pool of candidates."""
+    counts: jax.Array
+    """i32[THREADS]: how many candidates each thread found; it holds as many as have a slot."""
     most: jax.Array
-    """f32: the largest count of all threads; above the pool's rows, candidates were dropped."""
+    """i32: the largest count of all threads; above the number of slots, candidates were dropped."""
     maximum: jax.Array
     count_low: jax.Array
     count_high: jax.Array
-    mass_low: jax.Array
     mass_high: jax.Array
-    """Number and mass of the values from low on, and from high on."""
-    mass_floor: jax.Array
-    """Mass of the values from the floor on."""
+    mass_top_low: jax.Array
+    mass_top_high: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,71 +43,51 @@ class Row:
     values: Any
     cta: Cta
     loads: int
-    """Vectors of a tile, which a thread loads together."""
-    ahead: bool
-    """Whether a scan loads the next tile before it works on one."""
+    """Vectors of a tile, which a thread loads together; a scan loads the next tile before it works on one."""
 
     @property
     def size(self) -> int:
         return self.values.shape[0]
 
-    def sample(self, into: Any) -> tuple[Pool, jax.Array]:
-        """Fills a pool with evenly spread values. Returns it and the largest of them."""
-        rows, cta = into.shape[0], self.cta
-        blocks, total = rows * cta.warpgroups, self.size // THREADS
-        largest = splat(-jnp.inf)
-        for i in range(rows):
-            block = lax.div((i * cta.warpgroups + cta.index) * total, blocks)
-            values = load(self.values.at[pl.ds(pl.multiple_of(block * THREADS, THREADS), THREADS)], LANE_LAYOUT)
-            into[i, cta.columns] = values
-            largest = lax.max(largest, values)
-        (largest,) = cta.reduce([largest], [MAX])
-        return Pool(into, splat(rows, dtype=jnp.int32), jnp.int32(rows)), largest
+    def sample(self, pool: Any, rows: int, tries: jax.Array) -> None:
+        """Fills the first rows of the threads' columns of `pool` with evenly spread values; each try, with others."""
+        cta, total = self.cta, self.size // THREADS
+        blocks = rows * cta.warpgroups
+        shift = lax.rem(tries, jnp.int32(max(1, total // blocks)))
 
-    def scan(
-        self, into: Any, low: jax.Array, high: jax.Array, reference: jax.Array, floor: jax.Array, *, masses: bool
-    ) -> Scan:
-        """One pass over the row: collects the candidates in [low, high) and sums up what lies above."""
-        cta = self.cta
+        @pl.loop(0, rows // SAMPLED_AT_ONCE)
+        def _(step: Any) -> None:
+            found = []
+            for i in range(SAMPLED_AT_ONCE):
+                number = (step * SAMPLED_AT_ONCE + i) * cta.warpgroups + cta.index
+                start = pl.multiple_of((lax.div(number * total, blocks) + shift) * THREADS, THREADS)
+                found.append(load(self.values.at[pl.ds(start, THREADS)], LANE_LAYOUT))
+            for i, values in enumerate(found):
+                pool[step * SAMPLED_AT_ONCE + i, cta.columns] = values
 
-        def visit(carry: tuple, values: jax.Array) -> tuple:
-            counts, largest, count_high, *sums = carry
-            counts = cta.compact(into, counts, values, low, high)
-            above = values >= high
-            carry = counts, lax.max(largest, values), count_high + jnp.where(above, 1.0, 0.0)
-            if masses:
-                mass = weight(values, reference)
-                parts = (jnp.where(test, mass, 0.0) for test in (values >= low, above, values >= floor))
-                carry = *carry, *(total + part for total, part in zip(sums, parts, strict=True))
-            return carry
+    def scan(self, pool: Any, brackets: Brackets, reference: jax.Array, masses: jax.Array) -> Scan:
+        """One pass over the row; see `visit`. Without `masses`, which top-p needs, top_low must be infinite."""
 
-        empty = (splat(0, dtype=jnp.int32), splat(-jnp.inf, VECTOR), *[splat(0.0, VECTOR)] * (4 if masses else 1))
-        counts, largest, *sums = self._fold(visit, empty)
-        count = counts.astype(jnp.float32)
-        kinds = [MAX, ADD, MAX, *[ADD] * len(sums)]
-        most, inside, maximum, count_high, *totals = cta.reduce([count, count, largest, *sums], kinds)
-        zero = jnp.float32(0)
-        mass_low, mass_high, mass_floor = totals or (zero, zero, zero)
-        return Scan(low, high, counts, most, maximum, count_high + inside, count_high, mass_low, mass_high, mass_floor)
+        def tallied(purpose: str) -> Tally:
+            visited = functools.partial(visit, self.cta, pool, brackets=brackets, reference=reference, purpose=purpose)
+            return self._fold(visited, Tally.empty())
+
+        tally = lax.cond(
+            masses,
+            lambda: lax.cond(brackets.floor_low < brackets.floor_high, lambda: tallied(BOTH), lambda: tallied(TOP)),
+            lambda: tallied(FLOOR),
+        )
+        kinds = [MAX, MAX, *[ADD] * (len(tally) - 2)]
+        return Scan(tally.counts, *self.cta.reduce(tally, kinds))
 
     def store_kept(self, output: Any, lowest: jax.Array) -> None:
-        """Writes the row with -inf for what lies below `lowest`."""
+        """Writes the row with -inf for what lies below `lowest`.
+
+        From the end, which a scan read last, to the start: what the L2 still has of the row is used.
+        """
 
         def store(start: Any, values: jax.Array) -> None:
             output[pl.ds(start, values.shape[0])] = jnp.where(values >= lowest, values, -jnp.inf)
-
-        @pl.loop(0, self._steps)
-        def _(step: Any) -> None:
-            starts = list(self._starts(step))
-            for start, values in zip(starts, [self._load(start) for start in starts], strict=True):
-                store(start, values)
-
-        for vector, exists in self._left_over():
-
-            @pl.when(exists)
-            def _(vector=vector):
-                start = pl.multiple_of(vector * VECTOR, VECTOR)
-                store(start, self._load(start))
 
         tail = self.size % VECTOR
         if tail:
@@ -138,9 +97,21 @@ class Row:
                 layout = plgpu.Layout.WG_STRIDED((tail,), vec_size=math.gcd(tail // THREADS, 4))
                 store(self.size - tail, load(self.values.at[pl.ds(self.size - tail, tail)], layout))
 
-    def _fold(self, visit: Callable, carry: tuple) -> tuple:
-        """Folds `visit` over this warpgroup's vectors; positions that belong to no one read as -inf."""
+        for vector, exists in self._left_over():
 
+            @pl.when(exists)
+            def _(vector=vector):
+                start = pl.multiple_of(vector * VECTOR, VECTOR)
+                store(start, self._load(start))
+
+        @pl.loop(0, self._steps)
+        def _(step: Any) -> None:
+            starts = list(self._starts(self._steps - 1 - step))
+            for start, values in zip(starts, [self._load(start) for start in starts], strict=True):
+                store(start, values)
+
+    def _fold(self, visited: Callable, carry: Tally) -> Tally:
+        """Folds `visited` over lists of this warpgroup's vectors; positions that belong to no one read as -inf."""
         steps = self._steps
 
         def loaded(step: Any) -> tuple:
@@ -149,12 +120,10 @@ class Row:
         def tile(step: Any, state: tuple) -> tuple:
             carry, values = state
             following = loaded(lax.min(step + 1, steps - 1))
-            return functools.reduce(visit, values, carry), following
+            return visited(carry, values), following
 
-        if steps and self.ahead:
+        if steps:
             carry, _ = lax.fori_loop(0, steps, tile, (carry, loaded(0)))
-        elif steps:
-            carry = lax.fori_loop(0, steps, lambda step, carry: functools.reduce(visit, loaded(step), carry), carry)
         vectors = [vector for vector, _ in self._left_over()]
         if self.size % VECTOR:
             # The row's last vector overlaps the one before; one warpgroup takes the part that is left.
@@ -165,9 +134,8 @@ class Row:
         for vector in vectors:
             start = pl.multiple_of(lax.min(vector * VECTOR, last), THREADS)
             found.append((vector * VECTOR - start, self._load(start)))
-        for skipped, values in found:
-            carry = visit(carry, jnp.where(position >= skipped, values, -jnp.inf))
-        return carry
+        masked = [jnp.where(position >= skipped, values, -jnp.inf) for skipped, values in found]
+        return visited(carry, masked) if masked else carry
 
     @property
     def _steps(self) -> int:

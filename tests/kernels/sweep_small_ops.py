@@ -13,6 +13,7 @@ import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -25,8 +26,7 @@ from pallas_kernels.kv_write import mosaic_registers as kv_registers
 from pallas_kernels.kv_write import reference as kv_reference
 from pallas_kernels.kv_write import xla as kv_xla
 from pallas_kernels.kv_write.rope import rope_write_kv
-from pallas_kernels.sampling_truncation import mosaic_gpu as truncation_old
-from pallas_kernels.sampling_truncation import mosaic_sampled
+from pallas_kernels.sampling_truncation import mosaic_gpu as truncation_mosaic
 from pallas_kernels.sampling_truncation import xla as truncation_xla
 
 START = time.perf_counter()
@@ -113,8 +113,8 @@ def rope(num_tokens: int, heads: int, kv_heads: int, head_dim: int, packed: bool
     if not packed:
         qkv = tuple(normal(num_tokens, n, head_dim, seed=i) for i, n in enumerate((heads, kv_heads, kv_heads)))
     angles = jax.random.uniform(jax.random.key(2), (num_tokens, head_dim // 2)) * 6
-    cos, sin, slots = jnp.cos(angles), jnp.sin(angles), slots_of(num_tokens)
-    norms = {"q_norm": normal(head_dim), "k_norm": normal(head_dim, seed=3)} if normed else {}
+    cos, sin, slots = jnp.cos(angles), jnp.sin(angles), jnp.asarray(slots_of(num_tokens))
+    norms: dict[str, Any] = {"q_norm": normal(head_dim), "k_norm": normal(head_dim, seed=3)} if normed else {}
     results, line = {}, []
     for implementation in ("xla", "mosaic_gpu"):
 
@@ -144,17 +144,13 @@ def rope(num_tokens: int, heads: int, kv_heads: int, head_dim: int, packed: bool
     )
 
 
-Config = mosaic_sampled.Config
+Config = truncation_mosaic.Config
 CONFIGS = {
-    "4wg3": Config(4, 3, 8, 24),
-    "4wg2": Config(4, 2, 8, 24),
-    "4wg4-": Config(4, 4, 8, 24, ahead=False),
-    "4wg6-": Config(4, 6, 8, 24, ahead=False),
-    "8wg2": Config(8, 2, 4, 12),
-    "8wg2-": Config(8, 2, 4, 12, ahead=False),
-    "2wg6": Config(2, 6, 16, 40),
-    "2wg4": Config(2, 4, 16, 40),
-    "4wg2+barriers": Config(4, 2, 8, 24, auto_barriers=True),
+    "2x2wg6": Config(2, 2, 6, 32, 88),
+    "2x2wg4": Config(2, 2, 4, 32, 88),
+    "2x2wg3": Config(2, 2, 3, 32, 88),
+    "1x4wg6": Config(1, 4, 6, 16, 44),
+    "1x4wg4": Config(1, 4, 4, 16, 44),
 }
 # (top_k, top_p, min_p)
 CASES = [
@@ -169,6 +165,8 @@ CASES = [
     (50, 0.9, 0.0),
     (50, 0.9, 0.02),
     (30000, 0.9, 0.0),
+    (0, 0.99, 0.0),
+    (0, 0.9, 0.02),
 ]
 TIMED = {"normal*3": lambda x: x * 3}
 HARD = {
@@ -197,12 +195,10 @@ def compiled_variants(rows: int, vocab: int, names: list[str]) -> dict:
     """Compiled in parallel: name -> function of (logits, top_k, top_p, min_p)."""
     logits = jax.ShapeDtypeStruct((rows, vocab), jnp.float32)
     columns = [jax.ShapeDtypeStruct((rows,), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32)]
-    functions = {"old": functools.partial(truncation_old.truncate_logits, interpret=False)}
-    for name, config in CONFIGS.items():
-        functions[name] = functools.partial(mosaic_sampled.truncate_logits, interpret=False, config=config)
 
     def compiled(name: str):
-        return guarded(lambda: jax.jit(functions[name]).lower(logits, *columns).compile())
+        function = functools.partial(truncation_mosaic.truncate_logits, interpret=False, config=CONFIGS[name])
+        return guarded(lambda: jax.jit(function).lower(logits, *columns).compile())
 
     with ThreadPoolExecutor(8) as pool:
         found = dict(zip(names, pool.map(compiled, names), strict=True))
@@ -250,10 +246,10 @@ def main(wanted: list[str]) -> None:
     if "truncation" in wanted:
         some = [(0, 1.0, 0.0), (50, 1.0, 0.0), (0, 0.9, 0.0), (50, 0.9, 0.02)]
         for rows, vocab, names, cases, checks in (
-            (256, 128256, ["old", *CONFIGS], CASES, True),
-            (64, 128256, ["old", "4wg3", "8wg2"], some, False),
-            (1, 128256, ["old", "4wg3", "8wg2"], some, False),
-            (256, 151936, ["4wg3"], some, True),
+            (256, 128256, list(CONFIGS), CASES, True),
+            (64, 128256, ["1x4wg6", "1x4wg4"], some, False),
+            (1, 128256, ["1x4wg6", "1x4wg4"], some, False),
+            (256, 151936, ["2x2wg6"], some, True),
         ):
             variants = compiled_variants(rows, vocab, names)
             if checks:

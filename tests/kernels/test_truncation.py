@@ -58,7 +58,7 @@ def check(implementation: str, logits: np.ndarray, options: list[tuple[int, floa
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("vocab", [128, 1000, 4096 + 300])
+@pytest.mark.parametrize("vocab", [128, 1283])
 def test_kept_set(implementation: str, vocab: int):
     logits = np.random.default_rng(vocab).normal(0, 3, (len(OPTIONS), vocab)).astype(np.float32)
     check(implementation, logits, OPTIONS)
