@@ -244,3 +244,16 @@ def test_percentiles():
     assert percentiles([1.0, 2.0, 3.0]) == pytest.approx(
         {"10": 1.2, "25": 1.5, "50": 2.0, "75": 2.5, "90": 2.8, "99": 2.98}
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--output-len", "4"], "--profile needs at least"),
+        (["--output-len", "20"], "--profile traces a GPU's kernels, and JAX runs on cpu"),
+    ],
+)
+def test_profile_refuses_early(bench, tmp_path, options, text):
+    pytest.importorskip("matplotlib")
+    code, _, err = bench("latency", *options, "--profile", str(tmp_path / "new"))
+    assert code == 2 and text in err

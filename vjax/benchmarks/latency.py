@@ -7,6 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 
+from vjax.benchmarks import profile
 from vjax.benchmarks.arguments import add_sampling_arguments, natural, positive
 from vjax.benchmarks.records import Record
 from vjax.config.engine_args import EngineArgs
@@ -22,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-iters", type=positive, default=30, help="measured batches (default: %(default)s)")
     parser.add_argument("--seed", type=natural, default=0, help="of the prompts (default: %(default)s)")
     add_sampling_arguments(parser, default_temperature=1.0)
+    profile.add_arguments(parser)
 
 
 def run(args: argparse.Namespace, engine: EngineArgs) -> Iterator[Record]:
@@ -33,6 +35,8 @@ def run(args: argparse.Namespace, engine: EngineArgs) -> Iterator[Record]:
     from vjax.benchmarks.workloads import random_requests
     from vjax.llm import LLM
 
+    if args.profile is not None:
+        profile.check(args.profile, args.output_len)
     engine = dataclasses.replace(engine, skip_tokenizer_init=engine.skip_tokenizer_init or args.disable_detokenize)
     with LLM.from_engine_args(engine) as llm:
         requests = random_requests(
@@ -43,6 +47,8 @@ def run(args: argparse.Namespace, engine: EngineArgs) -> Iterator[Record]:
             vocab_size=llm.llm_engine.vocab_size,
             seed=args.seed,
         )
+        if args.profile is not None:
+            profile.check_device()
         prepare(llm, requests)
         hidden = not sys.stderr.isatty()
 
@@ -60,6 +66,7 @@ def run(args: argparse.Namespace, engine: EngineArgs) -> Iterator[Record]:
 
         measure(args.num_iters_warmup, "Warm-up")
         latencies = measure(args.num_iters, "Batches")
+        profiled = {} if args.profile is None else {"profile": profile.profile(llm, requests, args.profile)}
         yield {
             "bench": "latency",
             "input_len": args.input_len,
@@ -74,6 +81,7 @@ def run(args: argparse.Namespace, engine: EngineArgs) -> Iterator[Record]:
             "latencies": latencies,
             "percentiles": percentiles(latencies),
             "num_compilations": llm.llm_engine.num_compilations_while_serving,
+            **profiled,
             **setting(engine, llm),
         }
 

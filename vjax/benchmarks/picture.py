@@ -29,7 +29,7 @@ def check(path: Path) -> None:
         raise ConfigError("The picture needs matplotlib: pip install 'vjax[bench]'.") from e
     kinds = sorted(FigureCanvasBase.get_supported_filetypes())
     if path.suffix.removeprefix(".") not in kinds:
-        raise ConfigError(f"--output {path} must end in one of {', '.join('.' + kind for kind in kinds)}.")
+        raise ConfigError(f"{path} must end in one of {', '.join('.' + kind for kind in kinds)}.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         is_new = not path.exists()
@@ -38,7 +38,7 @@ def check(path: Path) -> None:
         if is_new:
             path.unlink()
     except OSError as e:
-        raise ConfigError(f"--output {path} cannot be written ({e.strerror}); choose another file.") from e
+        raise ConfigError(f"{path} cannot be written ({e.strerror}); choose another file.") from e
 
 
 def draw(records: Sequence[Record], path: Path) -> None:

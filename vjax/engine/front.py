@@ -184,6 +184,10 @@ class BaseLLMEngine:
         self._core.runner.executables.compile_all()
         self._core.runner.warm_up()
 
+    def least_bytes_read(self, num_keys: int) -> dict[str, int]:
+        """What a decode step over num_keys keys in all has to read: bytes of "weights" and of the "KV cache"."""
+        return self._core.runner.step.least_bytes_read(num_keys)
+
     @property
     def num_compilations_while_serving(self) -> int:
         """Compilations that a step had to wait for."""

@@ -9,6 +9,7 @@ the device alone knows (the last sampled token, how far a row has come) never le
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -74,6 +75,17 @@ class Step:
 
     def layout(self, bucket: ForwardBucket) -> PackedLayout:
         return PackedLayout.for_bucket(bucket, self.geometry.block_size)
+
+    def least_bytes_read(self, num_keys: int) -> dict[str, int]:
+        """Bytes that a decode step over num_keys keys has to read: "weights" (an embedding table only if it is the head
+        too) and "KV cache"."""
+        unread = () if self.model.arch.tie_word_embeddings else ("embed",)
+        weights = [spec for name, spec in self.model.leaf_specs.items() if name not in unread]
+        per_block = sum(map(_num_bytes, jax.tree.leaves(self.kv_specs()))) // self.geometry.num_blocks
+        return {
+            "weights": sum(map(_num_bytes, weights)),
+            "KV cache": num_keys * per_block // self.geometry.block_size,
+        }
 
     # ---- functions ----------------------------------------------------------------------------------------------
 
@@ -172,3 +184,7 @@ class Step:
     def write_masked_ids(self, rows: RowState, packed: jax.Array) -> RowState:
         """Sets the ids that min_tokens masks for one row: packed is [row, ids...]."""
         return rows.replace(masked_ids=rows.masked_ids.at[packed[0]].set(packed[1:]))
+
+
+def _num_bytes(spec: jax.ShapeDtypeStruct) -> int:
+    return math.prod(spec.shape) * spec.dtype.itemsize

@@ -1,0 +1,109 @@
+"""`--profile DIR`: a trace of decode steps, and a picture of one step against what the device allows."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vjax.benchmarks.records import Record
+from vjax.benchmarks.workloads import Request
+from vjax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vjax.llm import LLM
+
+_STEPS = 8
+_WARM_STEPS = 4
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--profile",
+        metavar="DIR",
+        type=Path,
+        help="write a trace of decode steps (for XProf or Perfetto), step.json and step.png; needs a GPU",
+    )
+
+
+def check(folder: Path, output_len: int) -> None:
+    """To be called before the work starts.
+
+    Raises:
+        ConfigError: matplotlib is not installed, a file cannot be written, or the outputs are too short to trace.
+    """
+    from vjax.benchmarks import picture
+
+    least = _STEPS + _WARM_STEPS + 2
+    if output_len < least:
+        raise ConfigError(f"--profile needs at least {least} output tokens, not {output_len}; raise --output-len.")
+    picture.check(folder / "step.png")
+
+
+def check_device() -> None:
+    """To be called once the engine has started JAX.
+
+    Raises:
+        ConfigError: JAX does not run on a GPU.
+    """
+    import jax
+
+    if jax.default_backend() != "gpu":
+        raise ConfigError(f"--profile traces a GPU's kernels, and JAX runs on {jax.default_backend()}; leave it out.")
+
+
+def profile(llm: LLM, requests: Sequence[Request], folder: Path) -> Record:
+    """Runs the requests once more, traces some steps in which all of them decode, and writes what it found.
+
+    Args:
+        requests: Seen by `measure.prepare` and `check`; as many as can run at once.
+
+    Returns:
+        Seconds a step: by category of kernels, the time in which the device worked, and what reading the weights and
+        the cache takes at the bandwidth that this device reaches.
+    """
+    import jax
+
+    from pallas_kernels.bench.timing import measure_ceilings, wall_seconds
+    from vjax.benchmarks import step_picture, trace
+    from vjax.sampling_params import RequestOutputKind, SamplingParams
+
+    engine = llm.llm_engine
+    for index, request in enumerate(requests):
+        engine.add_request(
+            f"profile-{index}",
+            {"prompt_token_ids": request.prompt_token_ids},
+            SamplingParams(
+                temperature=0,
+                max_tokens=request.output_len,
+                ignore_eos=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.DELTA,
+            ),
+        )
+    decoding = 0
+    while decoding < _WARM_STEPS:
+        decoding = decoding + 1 if len(engine.step()) == len(requests) else 0
+    with jax.profiler.trace(str(folder)):
+        for _ in range(_STEPS):
+            engine.step()
+    while engine.has_unfinished_requests():
+        engine.step()
+    kernels = trace.read_kernels(folder)
+    used = trace.usage(kernels)
+    bandwidth = measure_ceilings(wall_seconds).read
+    num_keys = sum(len(r.prompt_token_ids) + _WARM_STEPS + _STEPS // 2 for r in requests)
+    record = {
+        "num_requests": len(requests),
+        "num_steps": _STEPS,
+        "step_seconds": used.span / _STEPS,
+        "busy_seconds": used.busy / _STEPS,
+        "coverage": used.coverage,
+        "kernels": {name: seconds / _STEPS for name, seconds in used.by_category.items()},
+        "num_kernels": {name: count / _STEPS for name, count in used.counts.items()},
+        "read_bytes_per_second": bandwidth,
+        "least_seconds": {name: size / bandwidth for name, size in engine.least_bytes_read(num_keys).items()},
+    }
+    step_picture.draw(record, kernels, folder / "step.png")
+    return record
