@@ -47,6 +47,11 @@ class Case:
 
 
 CASES = {
+    "b1_1k": Case(1, 1024),
+    "b8_1k": Case(8, 1024),
+    "b16_1k": Case(16, 1024),
+    "b32_1k": Case(32, 1024),
+    "b64_1k": Case(64, 1024),
     "b1_8k": Case(1, 8192, goal="<= 19 us"),
     "b1_32k": Case(1, 32768, goal="<= 45 us"),
     "b8_8k": Case(8, 8192, goal="<= 75 us"),
@@ -98,7 +103,19 @@ FEW = [
     {"heads": 4, "columns": 64, "stages": 10, "staged": 128, "unroll": 32},
     {"heads": 8, "columns": 128, "stages": 5, "staged": 128, "unroll": 32},
 ]
+SHORT = [
+    {"heads": 2, "columns": 128, "stages": 5, "staged": 128, "unroll": 32},
+    {"heads": 2, "columns": 128, "stages": 5, "staged": 128, "unroll": 8},
+    {"heads": 2, "columns": 128, "stages": 5, "staged": 128, "unroll": 8, "min_tiles": 1},
+    {"heads": 2, "columns": 128, "stages": 5, "staged": 128, "unroll": 8, "min_tiles": 4},
+    {"heads": 4, "columns": 128, "stages": 5, "staged": 128, "unroll": 8},
+    {"heads": 4, "columns": 128, "stages": 5, "staged": 128, "unroll": 8, "min_tiles": 4},
+    {"heads": 4, "columns": 64, "stages": 5, "streams": 2, "unroll": 8},
+    {"heads": 8, "columns": 128, "stages": 5, "staged": 128, "unroll": 8},
+    {"heads": 8, "columns": 128, "stages": 2, "streams": 2, "unroll": 8},
+]
 CONFIGS = {
+    **dict.fromkeys(["b1_1k", "b8_1k", "b16_1k", "b32_1k", "b64_1k"], SHORT),
     "b1_8k": FEW,
     "b1_32k": FEW,
     "b8_8k": [*FEW[:3], *BATCH[:1], *BATCH[2:5], {"heads": 4, "columns": 64, "stages": 12, "unroll": 16}],
