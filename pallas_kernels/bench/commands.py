@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -21,6 +22,8 @@ from pallas_kernels.bench.timing import (
     rotations,
     wall_seconds,
 )
+
+_COMPILE_THREADS = 8
 
 OPS: dict[str, Op] = {
     op.name: op
@@ -68,9 +71,8 @@ def tune(op: Op, only: str, emit: Callable[[str], None] = print) -> None:
         if only not in title:
             continue
         found = []
-        for config in dict.fromkeys(case.candidates):
-            timed = case.timed(config)
-            seconds = _attempt(lambda t=timed: _time(t, t.columns["config"]))
+        configs = list(dict.fromkeys(case.candidates))
+        for config, seconds in zip(configs, _times([case.timed(config) for config in configs]), strict=True):
             emit(f"{title}: {config}: {seconds if isinstance(seconds, str) else f'{seconds * 1e6:.2f} us'}")
             if isinstance(seconds, float):
                 found.append((seconds, len(found), config))
@@ -87,7 +89,7 @@ def check(op: Op, only: str, implementations: list[str], emit: Callable[[str], N
         if only not in case.name:
             continue
         for implementation in implementations:
-            error = _attempt(lambda c=case, i=implementation: c.error(i))
+            error = _attempt(lambda c=case, i=implementation: float(c.error(i)))
             good = isinstance(error, float) and error <= case.allowed
             failures += not good
             shown = error if isinstance(error, str) else f"{error:.2e}"
@@ -103,17 +105,34 @@ def _seconds(function: Callable, inputs: list[tuple]) -> float:
     return (device_seconds if cupti_available() else wall_seconds)(function, inputs)
 
 
-def _time(case: Timed, function: Callable) -> float:
-    inputs = [case.arguments(seed) for seed in range(rotations(case.read_bytes) if case.state is None else 1)]
+def _time(case: Timed, function: Callable, inputs: list[tuple] | None = None) -> float:
+    inputs = inputs or _inputs(case)
     if case.state is None:
-        return _seconds(jax.jit(function), inputs)
+        return _seconds(function if isinstance(function, jax.stages.Compiled) else jax.jit(function), inputs)
     return chained_device_seconds(function, case.state(), inputs[0])
 
 
-def _attempt(run: Callable[[], float]) -> float | str:
-    """The result, or what went wrong: one case must not cost the others."""
+def _inputs(case: Timed) -> list[tuple]:
+    return [case.arguments(seed) for seed in range(rotations(case.read_bytes) if case.state is None else 1)]
+
+
+def _times(candidates: list[Timed]) -> list[float | str]:
+    """Of the column "config" of cases that differ in nothing else; compiled at the same time, run one by one."""
+    inputs = _inputs(candidates[0])
+    functions = [jax.jit(case.columns["config"]) for case in candidates]
+    with ThreadPoolExecutor(_COMPILE_THREADS) as pool:
+        if candidates[0].state is None:  # a chain is compiled where it is timed
+            functions = list(pool.map(lambda f: _attempt(lambda: f.lower(*inputs[0]).compile()), functions))
+    return [
+        function if isinstance(function, str) else _attempt(lambda c=case, f=function: _time(c, f, inputs))
+        for case, function in zip(candidates, functions, strict=True)
+    ]
+
+
+def _attempt(run: Callable[[], Any]) -> Any:
+    """The result, or what went wrong as text: one case must not cost the others."""
     try:
-        return float(run())
+        return run()
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:200]}"
 

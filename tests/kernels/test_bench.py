@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import jax.numpy as jnp
@@ -137,6 +138,26 @@ def test_timing_without_a_gpu(monkeypatch):
     assert commands._figure(timed, 16e-12, ceilings) == "0.00 us, 2 TB/s (100% of copy)"
     assert commands._figure(timed, "OSError: no", ceilings) == "OSError: no"
     assert timing.rotations(1 << 40) == 1 and timing.rotations(16 << 20) == 8 == timing.rotations(1)
+
+
+def test_tune_stores_the_fastest_that_runs(monkeypatch, tmp_path):
+    def timed(config: Config) -> cases.Timed:
+        def multiply(x):
+            if config.tile == 3:
+                raise ValueError("does not fit")
+            for _ in range(40 if config.tile == 2 else 1):
+                x = jnp.tanh(x @ x)
+            return x
+
+        return cases.Timed("tiny", {"config": multiply}, lambda seed: (jnp.ones((256, 256)),), read_bytes=1 << 18)
+
+    case = cases.Tuned("op", EXACT, {"tokens": 64}, [Config(2), Config(1), Config(3), Config(2)], timed)
+    monkeypatch.setattr(tuning, "device_kind", lambda: "Any GPU")
+    monkeypatch.setattr(tuning, "record", functools.partial(tuning.record, folder=tmp_path))
+    lines: list[str] = []
+    commands.tune(cases.Op("op", list, lambda: [case], list), "", lines.append)
+    assert find(tmp_path, {"tokens": 64}, kind="Any GPU") == Config(1)
+    assert len(lines) == 4 and "does not fit" in lines[2] and "best" in lines[3]
 
 
 def test_rope_check_sees_a_wrong_rotation(monkeypatch):
