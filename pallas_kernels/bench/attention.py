@@ -227,15 +227,16 @@ def _mixed_arguments(seed: int) -> tuple:
 CANDIDATES = (
     DecodeConfig(heads=8, stages=6),
     DecodeConfig(heads=8, stages=2, streams=2),
+    DecodeConfig(heads=8, stages=2, streams=2, unroll=2),
     DecodeConfig(heads=8, stages=3, streams=3),
     DecodeConfig(heads=4, stages=6),
-    DecodeConfig(heads=4, columns=64, stages=12),
+    DecodeConfig(heads=4, stages=6, unroll=2),
     DecodeConfig(heads=4, columns=64, stages=5, streams=2),
     DecodeConfig(heads=2, stages=6),
     DecodeConfig(heads=2, stages=2, streams=2),
+    DecodeConfig(heads=2, stages=4, staged=128, unroll=2),
+    DecodeConfig(heads=2, stages=5, staged=128, unroll=8),
     DecodeConfig(heads=2, stages=5, staged=128, unroll=32),
-    DecodeConfig(heads=2, columns=64, stages=10, staged=128, unroll=32),
-    DecodeConfig(heads=1, columns=64, stages=12),
 )
 
 
@@ -255,6 +256,8 @@ def _tuned() -> list[Tuned]:
 
 
 def _fits(config: DecodeConfig, shape: DecodeShape) -> bool:
+    if shape.max_q_len > 1 and config.streams > 1:  # spills registers
+        return False
     try:
         tiling(config, shape)
     except ValueError:
@@ -270,7 +273,8 @@ def _timed_config(shape: Shape, static: DecodeShape, config: DecodeConfig) -> Ti
         plan = plan_decode(block_tables, table_rows, cu_q_lens, kv_lens, static, config)
         return decode_attention(q, k_cache, v_cache, plan, scale=shape.head_dim**-0.5)
 
-    return _timed_case(shape, {"config": attend}, functools.partial(paged_arguments, shape), decode=True)
+    case = _timed_case(shape, {"config": attend}, functools.partial(paged_arguments, shape), decode=True)
+    return dataclasses.replace(case, kernels=("decode_attention",))  # the plan is a step's, not a layer's
 
 
 def _ragged_error(shape: Shape, seed: int, decode_only: bool, implementation: str) -> float:

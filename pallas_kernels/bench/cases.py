@@ -32,6 +32,8 @@ class Timed:
     """The ceiling that bounds it: read, copy or matmul."""
     state: Callable[[], Any] | None = None
     """First state of a chained case."""
+    kernels: Sequence[str] = ("",)
+    """Parts of the names of the kernels that count where the device times each; all of them by default."""
 
 
 @dataclasses.dataclass(frozen=True)

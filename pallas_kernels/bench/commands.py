@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -101,14 +101,16 @@ def _clock() -> str:
     return "device time" if cupti_available() else "wall time of single calls (no CUPTI)"
 
 
-def _seconds(function: Callable, inputs: list[tuple]) -> float:
-    return (device_seconds if cupti_available() else wall_seconds)(function, inputs)
+def _seconds(function: Callable, inputs: list[tuple], kernels: Sequence[str] = ("",)) -> float:
+    return device_seconds(function, inputs, kernels=kernels) if cupti_available() else wall_seconds(function, inputs)
 
 
 def _time(case: Timed, function: Callable, inputs: list[tuple] | None = None) -> float:
     inputs = inputs or _inputs(case)
     if case.state is None:
-        return _seconds(function if isinstance(function, jax.stages.Compiled) else jax.jit(function), inputs)
+        return _seconds(
+            function if isinstance(function, jax.stages.Compiled) else jax.jit(function), inputs, case.kernels
+        )
     return chained_device_seconds(function, case.state(), inputs[0])
 
 

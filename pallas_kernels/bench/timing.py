@@ -56,20 +56,24 @@ def launches(run: Callable[[], Any]) -> list[Kernel]:
     return [Kernel(name, milliseconds / 1e3) for name, milliseconds in timings]
 
 
-def device_seconds(function: Callable, inputs: Sequence[Sequence[Any]], iterations: int = 10) -> float:
-    """Median device time of `function(*arguments)`, all its kernels together, with `inputs` taken in turns.
+def device_seconds(
+    function: Callable, inputs: Sequence[Sequence[Any]], iterations: int = 10, kernels: Sequence[str] = ("",)
+) -> float:
+    """Median device time of `function(*arguments)`, its kernels together, with `inputs` taken in turns.
 
     Args:
         function: Compiled or jitted; must not donate.
         inputs: One or more sets of arguments; several of them keep the L2 from answering, see `rotations`.
         iterations: Calls that are timed.
+        kernels: Parts of the names of the kernels that count; default: all kernels.
     """
     for arguments in inputs:
         jax.block_until_ready(function(*arguments))
     times = []
     for i in range(iterations):
         arguments = inputs[i % len(inputs)]
-        times.append(sum(kernel.seconds for kernel in launches(lambda a=arguments: function(*a))))
+        launched = launches(lambda a=arguments: function(*a))
+        times.append(sum(kernel.seconds for kernel in launched if any(part in kernel.name for part in kernels)))
     return statistics.median(times)
 
 

@@ -139,11 +139,9 @@ CONFIGS = {
         {"heads": 2, "columns": 128, "stages": 6},
         {"heads": 2, "columns": 128, "stages": 6, "unroll": 16},
         {"heads": 2, "columns": 128, "stages": 5, "staged": 128},
-        {"heads": 2, "columns": 128, "stages": 4, "staged": 128, "unroll": 8},
+        {"heads": 2, "columns": 128, "stages": 4, "staged": 128, "unroll": 2},
         {"heads": 2, "columns": 128, "stages": 2, "streams": 2},
         {"heads": 2, "columns": 64, "stages": 12},
-        {"heads": 2, "columns": 64, "stages": 5, "streams": 2},
-        {"heads": 2, "columns": 64, "stages": 5, "streams": 2, "unroll": 16},
     ],
     "b64_2k_block64": [
         {"heads": 2, "columns": 128, "stages": 6},
