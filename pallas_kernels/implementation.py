@@ -85,6 +85,16 @@ def default_truncation_implementation() -> str:
     return XLA
 
 
+def default_norm_implementation() -> str:
+    """The implementation of residual addition with RMS norm for the default device, whatever the dtype."""
+    hopper, reason = _hopper_or_reason()
+    if hopper:
+        return MOSAIC_GPU
+    if reason is not None:
+        _warn_once(f"RMS norm runs in plain XLA, which is slow: {reason}")
+    return XLA
+
+
 def checked_implementation(implementation: str) -> str:
     """Returns the name; ValueError for an unknown one, NotImplementedError for one that this JAX cannot run."""
     if implementation not in IMPLEMENTATIONS:
