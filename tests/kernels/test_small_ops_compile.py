@@ -1,4 +1,4 @@
-"""KV write, rope with the write and truncation compiled for the H200 without a GPU: every config that is tuned over."""
+"""KV write, rope with the write, residual addition with norm, and truncation compiled for the H200 without a GPU: every config that is tuned over."""
 
 from __future__ import annotations
 
@@ -36,6 +36,13 @@ def rope(heads, kv_heads, head_dim, num_tokens, packed, normed):
                              implementation="mosaic_gpu")
     text = compile(function, qkv, angles, angles, cache, cache, spec((num_tokens,)), norm, norm, donate=(3, 4))
     print("COPIES", len(cache_copies(text, [cache.shape])))
+def norm(num_tokens, size, dtype):
+    from pallas_kernels.add_rms_norm.mosaic_gpu import add_rms_norm, candidates, default_config
+    x, weight = spec((num_tokens, size), dtype), spec((size,), dtype)
+    for config in [default_config(num_tokens, size)] if dtype == "float32" else candidates(size):
+        function = lambda *arguments: add_rms_norm(*arguments, eps=1e-5, interpret=False, config=config)
+        compile(function, x, x, weight)
+        print("COPIES 0")
 def truncate(rows, vocab, config):
     from pallas_kernels.sampling_truncation.mosaic_gpu import Config, truncate_logits
     options = [spec((rows,)), spec((rows,), jnp.float32), spec((rows,), jnp.float32)]
@@ -72,6 +79,15 @@ def test_kv_write():
 def test_rope_write():
     call, count = calls("rope", ROPE)
     check(report(call), count)
+
+
+def test_add_rms_norm():
+    from pallas_kernels.add_rms_norm.mosaic_gpu import candidates
+
+    shapes = [(num_tokens, size, "bfloat16") for num_tokens, size in ((1, 896), (5, 4096), (8192, 5120), (8192, 8192))]
+    count = sum(len(candidates(size)) for _, size, _ in shapes)
+    wide = [(1, 4096, "float32"), (8192, 16384, "float32")]
+    check(report(calls("norm", shapes + wide)[0]), count + len(wide))
 
 
 def test_truncation():
