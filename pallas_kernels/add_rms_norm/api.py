@@ -31,8 +31,8 @@ def add_rms_norm(
         delta: Like x.
         weight: [N], of any of these dtypes.
         eps: Added to the mean square.
-        implementation: One of IMPLEMENTATIONS; None takes the default for the device. Sizes that the kernel cannot
-            hold in registers, or that do not fill its threads, are left to XLA: see mosaic_gpu.supports.
+        implementation: One of IMPLEMENTATIONS; None takes the default for the device. The kernel takes multiples of
+            128 up to 6144, and larger ones that warpgroups can share evenly (of 1024: to 16384); XLA does the others.
 
     Returns:
         (x + delta [T, N], norm(x + delta) * weight [T, N]), both in the dtype of x.
@@ -60,7 +60,7 @@ def _add_rms_norm(
     if implementation != XLA:
         from pallas_kernels.add_rms_norm import mosaic_gpu
 
-        if mosaic_gpu.supports(*x.shape):
+        if x.shape[0] and mosaic_gpu.supports(x.shape[1], mosaic_gpu.itemsize_of(x, weight)):
             interpret = implementation == MOSAIC_GPU_INTERPRET
             return mosaic_gpu.add_rms_norm(x, delta, weight, eps=eps, interpret=interpret)
     return xla.add_rms_norm(x, delta, weight, eps=eps)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -25,11 +26,11 @@ _LANES = 32
 _WARPS = 4
 _THREADS = _LANES * _WARPS
 _VECTOR_BYTES = 16
-_MAX_WARPGROUPS = 4
-_MAX_ELEMENTS = 32
-"""Of a token in one thread's registers: x, delta and the weights, and float32 of some."""
+_MAX_WARPGROUPS = 8
 _FEW_TOKENS = 1024
 """Up to here the time of one CTA counts, above it how much the CTAs of an SM load together."""
+_MANY_ELEMENTS = 40
+"""Of a thread with many tokens: with more, too few CTAs share an SM."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,38 +43,36 @@ class Config:
     """Of a CTA, loaded together."""
 
 
-def supports(num_tokens: int, size: int) -> bool:
-    """Whether the kernel takes [num_tokens, size]: a size that fills the threads and fits into their registers."""
-    return num_tokens > 0 and size % _THREADS == 0 and size <= _MAX_ELEMENTS * _THREADS * _most_warpgroups(size)
+def itemsize_of(x: jax.Array, weight: jax.Array) -> int:
+    """The larger one of the two arrays."""
+    return max(x.dtype.itemsize, weight.dtype.itemsize)
 
 
-def default_config(num_tokens: int, size: int) -> Config:
-    """Without tuning data: for few tokens one 16-byte load of each array in a thread, for many four."""
-    per_thread = 8 if num_tokens <= _FEW_TOKENS else _MAX_ELEMENTS
-    warpgroups = 1
-    while 2 * warpgroups <= _most_warpgroups(size) and size // (_THREADS * warpgroups) > per_thread:
-        warpgroups *= 2
-    return Config(warpgroups)
+def configs(size: int, itemsize: int = 2) -> list[Config]:
+    """All that cut tokens of `size` elements evenly and hold them in registers; empty for sizes left to XLA."""
+    found = []
+    for warpgroups, tokens in itertools.product(range(1, _MAX_WARPGROUPS + 1), (1, 2, 4)):
+        elements = tokens * size // (_THREADS * warpgroups)
+        # By ptxas: 20, one for each element in float32, and those of x, delta and weight as they were loaded.
+        registers = 24 + elements + elements * itemsize // 2
+        if size % (_THREADS * warpgroups) == 0 and registers <= min(168, 512 // warpgroups):
+            found.append(Config(warpgroups, tokens))
+    return found
 
 
-def _most_warpgroups(size: int) -> int:
-    """The largest power of two of warpgroups among which `size` can be cut."""
-    warpgroups = _MAX_WARPGROUPS
-    while size % (_THREADS * warpgroups) and warpgroups > 1:
-        warpgroups //= 2
-    return warpgroups
+def supports(size: int, itemsize: int) -> bool:
+    """Whether the kernel takes tokens of this size."""
+    return bool(configs(size, itemsize))
 
 
-def candidates(size: int) -> list[Config]:
-    """What is worth timing for this size."""
-    configs = [Config(*fields) for fields in ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2), (4, 4))]
-    return [
-        config
-        for config in configs
-        if size % (_THREADS * config.warpgroups) == 0
-        and size * config.tokens <= 2 * _MAX_ELEMENTS * _THREADS * config.warpgroups
-        and size <= _MAX_ELEMENTS * _THREADS * config.warpgroups
-    ]
+def default_config(num_tokens: int, size: int, itemsize: int = 2) -> Config:
+    """Without tuning data: for few tokens the fewest loads in a thread, for many the widest ones and small CTAs."""
+    single = [config for config in configs(size, itemsize) if config.tokens == 1]
+    pieces = [(config, _Piece(size // (_WARPS * config.warpgroups), itemsize)) for config in single]
+    if num_tokens <= _FEW_TOKENS:
+        return min(pieces, key=lambda pair: (pair[1].loads, pair[0].warpgroups))[0]
+    small = [pair for pair in pieces if pair[1].width <= _MANY_ELEMENTS * _LANES]
+    return min(small or pieces[-1:], key=lambda pair: (-pair[1].vector, pair[0].warpgroups))[0]
 
 
 def add_rms_norm(
@@ -87,13 +86,14 @@ def add_rms_norm(
 ) -> tuple[jax.Array, jax.Array]:
     """See api.add_rms_norm; `interpret` runs the kernel on the CPU with race detection."""
     num_tokens, size = x.shape
+    itemsize = itemsize_of(x, weight)
     if config is None:
-        exact = {"size": size, "dtype": x.dtype.name}
-        fallback = functools.partial(default_config, num_tokens, size)
+        exact = {"size": size, "itemsize": itemsize}
+        fallback = functools.partial(default_config, num_tokens, size, itemsize)
         config = lookup("add_rms_norm", Config, exact, {"num_tokens": num_tokens}, fallback)
     warps = _WARPS * config.warpgroups
     pieces = (warps, size // warps)
-    piece = _Piece(size // warps, max(x.dtype.itemsize, weight.dtype.itemsize))
+    piece = _Piece(size // warps, itemsize)
     out = jax.ShapeDtypeStruct((num_tokens, *pieces), x.dtype)
     kernel = plgpu.kernel(
         functools.partial(_kernel, config, piece, eps),
@@ -127,15 +127,25 @@ class _Piece:
     itemsize: int
 
     @property
-    def layout(self) -> Any:
-        """Of [4, width] in a warpgroup: a row for each warp, neighbours in the widest vectors that fit."""
+    def vector(self) -> int:
+        """Neighbours that a thread loads at once: as many as fit."""
         vector = _VECTOR_BYTES // self.itemsize
         while self.width % (_LANES * vector):
             vector //= 2
-        row = _LANES * vector
+        return vector
+
+    @property
+    def loads(self) -> int:
+        """Of each array, in a thread."""
+        return self.width // (_LANES * self.vector)
+
+    @property
+    def layout(self) -> Any:
+        """Of [4, width] in a warpgroup: a row for each warp."""
+        row = _LANES * self.vector
         # Tiled dims of one tile: [warps, 1, 1, lanes, 1, vector].
         layout = TiledLayout(
-            plgpu.Tiling(((_WARPS, row), (1, row), (1, vector))),
+            plgpu.Tiling(((_WARPS, row), (1, row), (1, self.vector))),
             warp_dims=(-6,),
             lane_dims=(-3,),
             vector_dim=-1,
@@ -179,9 +189,15 @@ def _kernel(
         store(total_out, j, total)
     plgpu.barrier_wait(written)
     for j, total in enumerate(totals):
-        parts = [partials[j, warp] for warp in range(warps)]
-        while len(parts) > 1:
-            parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
-        factor = lax.rsqrt(parts[0] * (1 / (warps * width)) + eps)
+        squares = _sum([partials[j, warp] for warp in range(warps)])
+        factor = lax.rsqrt(squares * (1 / (warps * width)) + eps)
         normed = total.astype(jnp.float32) * factor * scale.astype(jnp.float32)
         store(normed_out, j, normed.astype(normed_out.dtype))
+
+
+def _sum(values: list[jax.Array]) -> jax.Array:
+    """By halves, so that few additions wait for each other."""
+    if len(values) == 1:
+        return values[0]
+    middle = len(values) // 2
+    return _sum(values[:middle]) + _sum(values[middle:])

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.add_rms_norm import reference
@@ -49,9 +48,9 @@ def _tuned() -> list[Tuned]:
     return [
         Tuned(
             "add_rms_norm",
-            {"size": HIDDEN[model], "dtype": "bfloat16"},
+            {"size": HIDDEN[model], "itemsize": 2},
             {"num_tokens": num_tokens},
-            [kernel.default_config(num_tokens, HIDDEN[model]), *kernel.candidates(HIDDEN[model])],
+            [kernel.default_config(num_tokens, HIDDEN[model]), *kernel.configs(HIDDEN[model])],
             functools.partial(timed, model, num_tokens),
         )
         for model in _MODELS
@@ -70,13 +69,10 @@ def _error(size: int, num_tokens: int, dtype: str, implementation: str) -> float
 
 
 def _checked() -> list[Checked]:
-    allowed = {jnp.bfloat16: 5e-3, jnp.float16: 1e-3, jnp.float32: 1e-6}
+    # A 16-bit result may be rounded the other way: one unit in the last place, of the row's largest value at most eps.
+    allowed = {"bfloat16": 2.0**-7, "float16": 2.0**-10, "float32": 1e-6}
     return [
-        Checked(
-            f"{size}, {num_tokens} tokens, {jnp.dtype(dtype).name}",
-            functools.partial(_error, size, num_tokens, jnp.dtype(dtype).name),
-            error,
-        )
+        Checked(f"{size}, {num_tokens} tokens, {dtype}", functools.partial(_error, size, num_tokens, dtype), error)
         for size in (*HIDDEN.values(), 72)
         for num_tokens in (1, 67, 1025)
         for dtype, error in allowed.items()

@@ -152,7 +152,7 @@ def norm(num_tokens: int, size: int) -> None:
     """The stream and what is added to it, layer after layer; the sum is exact, so it is compared for equality."""
     default = norm_mosaic.default_config(num_tokens, size)
     variants = {"xla": functools.partial(norm_xla.add_rms_norm, eps=1e-5)}
-    for config in norm_mosaic.candidates(size):
+    for config in norm_mosaic.configs(size):
         name = f"{config.warpgroups} wg, {config.tokens} tokens{' (default)' * (config == default)}"
         variants[name] = functools.partial(norm_mosaic.add_rms_norm, eps=1e-5, interpret=False, config=config)
     x, delta, weight = normal(num_tokens, size), normal(num_tokens, size, seed=1), normal(size, seed=2)

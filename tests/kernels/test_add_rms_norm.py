@@ -55,25 +55,26 @@ def test_against_definition(implementation: str, num_tokens: int, size: int, dty
 
 
 @needs_mosaic
-@pytest.mark.parametrize(("warpgroups", "tokens"), [(1, 3), (2, 1), (2, 2), (4, 1), (4, 4)])
-def test_configs(warpgroups: int, tokens: int):
+@pytest.mark.parametrize(("warpgroups", "tokens", "size"), [(1, 4, 384), (2, 2, 1024), (3, 1, 768), (4, 4, 512)])
+def test_configs(warpgroups: int, tokens: int, size: int):
+    """The last CTA has fewer tokens; warps in numbers that are no power of two."""
     from pallas_kernels.add_rms_norm import mosaic_gpu
 
-    given = arguments(5, 1024, "bfloat16")
+    given = arguments(5, size, "bfloat16")
     config = mosaic_gpu.Config(warpgroups, tokens)
     check(mosaic_gpu.add_rms_norm(*given, eps=EPS, interpret=True, config=config), given)
     assert_no_races()
 
 
 @needs_mosaic
-def test_default_configs_fit():
-    from pallas_kernels.add_rms_norm import mosaic_gpu
+def test_default_configs():
+    from pallas_kernels.add_rms_norm.mosaic_gpu import Config, default_config, supports
 
-    for size in HIDDEN.values():
-        for num_tokens in (1, 8192):
-            assert mosaic_gpu.supports(num_tokens, size)
-            assert mosaic_gpu.default_config(num_tokens, size) in mosaic_gpu.candidates(size)
-    assert not mosaic_gpu.supports(1, 72) and not mosaic_gpu.supports(1, 1 << 15) and not mosaic_gpu.supports(0, 128)
+    assert [default_config(1, size).warpgroups for size in HIDDEN.values()] == [7, 3, 2, 5, 3, 7, 4, 5, 8]
+    assert [default_config(8192, size).warpgroups for size in HIDDEN.values()] == [1, 1, 1, 1, 1, 1, 1, 1, 2]
+    assert default_config(8192, 16384) == Config(4) and default_config(1, 16384, 4) == Config(4)
+    assert all(supports(size, itemsize) for size in range(128, 6144 + 1, 128) for itemsize in (2, 4))
+    assert not supports(72, 2) and not supports(1 << 15, 2)
 
 
 @pytest.mark.parametrize("size", [pytest.param(size, marks=on_gpu) for size in HIDDEN.values()])
@@ -85,10 +86,10 @@ def test_real_shapes(size: int, dtype: str):
 
 
 @pytest.mark.parametrize("size", [pytest.param(size, marks=on_gpu) for size in HIDDEN.values()])
-def test_candidates(size: int):
+def test_all_configs(size: int):
     from pallas_kernels.add_rms_norm import mosaic_gpu
 
-    for config in mosaic_gpu.candidates(size):
+    for config in mosaic_gpu.configs(size):
         for num_tokens in (1, 67):
             given = arguments(num_tokens, size, "bfloat16")
             check(mosaic_gpu.add_rms_norm(*given, eps=EPS, interpret=False, config=config), given)
