@@ -32,9 +32,7 @@ def _timed_case(model: str, num_tokens: int, columns: dict[str, Callable]) -> Ti
 
 
 def _timed() -> list[Timed]:
-    columns = {
-        name: functools.partial(add_rms_norm, eps=_EPS, implementation=name) for name in _IMPLEMENTATIONS
-    }
+    columns = {name: functools.partial(add_rms_norm, eps=_EPS, implementation=name) for name in _IMPLEMENTATIONS}
     return [_timed_case(model, num_tokens, columns) for model in _MODELS for num_tokens in NUM_TOKENS]
 
 

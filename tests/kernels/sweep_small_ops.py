@@ -1,8 +1,8 @@
 """Checks and times variants of the KV write, rope with the write, residual addition with norm, and sampling truncation
 on a Hopper GPU.
 
-`python tests/kernels/sweep_small_ops.py [kv] [rope] [norm] [truncation]`; without names all of them. Most of the time is
-compilation: where the run is limited, take truncation, and kv with rope, apart.
+`python tests/kernels/sweep_small_ops.py [kv] [rope] [norm] [truncation]`; without names all of them. Most of the time
+is compilation: where the run is limited, take truncation, norm, and kv with rope, apart.
 Chain: time of one of many dependent calls in one executable. Device: the kernels' own time, by CUPTI.
 """
 

@@ -1,4 +1,4 @@
-"""KV write, rope with the write, residual addition with norm, and truncation compiled for the H200 without a GPU: every config that is tuned over."""
+"""The small ops compiled for the H200 without a GPU: configs that are tuned over."""
 
 from __future__ import annotations
 
