@@ -50,6 +50,11 @@ def rope_write_kv() -> tuple[jax.Array, ...]:
     return pallas_kernels.rope_write_kv(qkv, angles, angles, *caches, slots, implementation="mosaic_gpu")
 
 
+def add_rms_norm() -> tuple[jax.Array, ...]:
+    x, weight = jnp.ones((3, 896), jnp.bfloat16), jnp.ones(896, jnp.bfloat16)
+    return pallas_kernels.add_rms_norm(x, x, weight, eps=1e-5, implementation="mosaic_gpu")
+
+
 def truncate() -> jax.Array:
     logits = jax.random.normal(jax.random.key(0), (3, 1283))
     options = jnp.array([0, 5, 50], jnp.int32), jnp.array([0.9, 1.0, 0.9], jnp.float32), jnp.zeros(3, jnp.float32)
@@ -63,6 +68,7 @@ CASES = {
     "mixed": lambda: attention([1, 40, 5], [100, 40, 69], decode_only=False),
     "write_kv": lambda: write_kv([0, -1, NUM_BLOCKS * BLOCK - 1]),
     "rope_write_kv": rope_write_kv,
+    "add_rms_norm": add_rms_norm,
     "truncate": truncate,
 }
 

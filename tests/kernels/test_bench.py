@@ -97,6 +97,7 @@ def test_relative_error():
     [
         ("write_kv", "8x128, 67"),
         ("rope_write_kv", "qwen3_8b norms"),
+        ("add_rms_norm", "2048, 67"),
         ("truncate_logits", "x 1000"),
         ("decode", "8/1x128, block 16"),
     ],
