@@ -20,7 +20,6 @@ from tests.kernels.cases import needs_mosaic
 class Config:
     tile: int = 1
     registers: tuple[int, int] = (232, 40)
-    overlap: bool = True
 
 
 EXACT = {"head_dim": 128, "dtype": "bfloat16"}

@@ -159,7 +159,7 @@ def batch_of(
             {"warpgroups": 3, "tile_tokens": 192, "stages": 3, "registers": (160, 32)},
             {"dtype": "float16", "block_size": 32},
         ),
-        ({"overlap": False}, {"head_dim": 256, "num_q_heads": 1}),
+        ({}, {"head_dim": 256, "num_q_heads": 1}),
     ],
     ids=["plain", "two_heads", "four_heads", "three_warpgroups", "head_256"],
 )
