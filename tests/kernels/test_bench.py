@@ -25,7 +25,7 @@ class Config:
 EXACT = {"head_dim": 128, "dtype": "bfloat16"}
 
 
-def find(folder, sizes, exact=EXACT, kind="NVIDIA H200"):
+def find(folder, sizes, exact=EXACT, kind: str | None = "NVIDIA H200"):
     return tuning.lookup("op", Config, exact, sizes, lambda: Config(tile=99), kind=kind, folder=folder)
 
 
