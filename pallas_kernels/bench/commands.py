@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from pallas_kernels import tuning
-from pallas_kernels.bench import attention, kv, norm, truncation
+from pallas_kernels.bench import attention, kv, mixed, norm, truncation
 from pallas_kernels.bench.cases import Op, Timed
 from pallas_kernels.bench.timing import (
     Ceilings,
@@ -30,7 +30,7 @@ OPS: dict[str, Op] = {
     for op in (
         attention.DECODE_ATTENTION,
         attention.PREFILL_ATTENTION,
-        attention.MIXED_ATTENTION,
+        mixed.MIXED_ATTENTION,
         kv.WRITE_KV,
         kv.ROPE_WRITE_KV,
         norm.ADD_RMS_NORM,

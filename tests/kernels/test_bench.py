@@ -21,13 +21,12 @@ from tests.kernels.cases import needs_mosaic
 class Config:
     tile: int = 1
     registers: tuple[int, int] = (232, 40)
-    overlap: bool = True
 
 
 EXACT = {"head_dim": 128, "dtype": "bfloat16"}
 
 
-def find(folder, sizes, exact=EXACT, kind="NVIDIA H200"):
+def find(folder, sizes, exact=EXACT, kind: str | None = "NVIDIA H200"):
     return tuning.lookup("op", Config, exact, sizes, lambda: Config(tile=99), kind=kind, folder=folder)
 
 
