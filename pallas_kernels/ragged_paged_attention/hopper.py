@@ -33,7 +33,8 @@ Metadata = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 DECODE_KERNEL = "decode_attention"
 """Its name in the files of `tuned/`."""
 
-_FEW_SEQUENCES = 8
+# A sequence alone is cut into some thirty pieces, whose second kernel loads them at once; eight into five each.
+_LONE_SEQUENCES, _FEW_SEQUENCES = 2, 32
 _FEW_FP8_SEQUENCES, _SOME_FP8_SEQUENCES = 4, 16
 _F16_MAX = 65504.0
 _INTERPRETED_CTAS = 2  # the interpreter runs a thread for each of their warpgroups
@@ -121,10 +122,11 @@ def _decode_options(shape: DecodeShape, num_seqs: int, dtype: DTypeLike) -> tupl
     few = num_seqs <= _FEW_SEQUENCES
     heads = (2, 4, 1) if few else (8, 4, 2, 1)
     if shape.max_q_len > 1:
-        return heads, {64: {"stages": 5, "streams": 2}, 128: {"stages": 6}}[shape.head_dim]
+        return heads, {64: {"stages": 5, "streams": 2}, 128: {"stages": 4, "staged": 128, "unroll": 2}}[shape.head_dim]
+    cut = {"unroll": 32, "min_tiles": 1} if num_seqs <= _LONE_SEQUENCES else {"unroll": 8}
     options = {
-        64: {"stages": 5, "streams": 2} if few else {"stages": 3, "streams": 3},
-        128: {"stages": 5, "staged": 128, "unroll": 32} if few else {"stages": 2, "streams": 2},
+        64: {"stages": 5, "streams": 2, **cut} if few else {"stages": 3, "streams": 3},
+        128: {"stages": 5, "staged": 128, **cut} if few else {"stages": 2, "streams": 2},
         256: {"stages": 5, "columns": 64},
     }
     return heads, options[shape.head_dim]
