@@ -3,8 +3,8 @@
 | variable | meaning | default |
 |---|---|---|
 | VJAX_USE_V1 | 1: V1 engine, 0: V0 engine; an explicit `use_v1` wins | VLLM_USE_V1, then 1 |
-| VJAX_CACHE_DIR | folder for compiled executables | ~/.cache/vjax |
-| VJAX_COMPILE_CACHE | 0: do not keep compiled executables between processes | 1 |
+| VJAX_CACHE_DIR | folder for lowered and compiled programs | ~/.cache/vjax |
+| VJAX_COMPILE_CACHE | 0: do not keep lowered and compiled programs between processes | 1 |
 | VJAX_LOG_LEVEL | DEBUG, INFO, WARNING or ERROR | INFO |
 """
 

@@ -105,9 +105,9 @@ def test_a_worker_lowers_the_same_program(direct, from_worker, key):
             layout = PackedLayout.for_bucket(key, BLOCK_SIZE)
             step = SchedulerOutput(
                 step_id=0,
-                rows=np.array([1, 2], np.int32),
-                num_scheduled_tokens=np.array([1, 1], np.int32),
-                token_ids=np.array([5, -1], np.int32),
+                rows=[1, 2],
+                num_scheduled_tokens=[1, 1],
+                token_ids=[5, -1],
                 num_sampled=2,
             )
             results.append(program(leaves, kv, rows, layout.pack(step)))
@@ -193,6 +193,13 @@ def test_workers_that_cannot_start_cost_one_warning(description, monkeypatch, wa
     assert len(executables.ready()) == 1
 
 
+def test_a_process_that_cannot_be_started_costs_one_warning(description, monkeypatch, warnings_said):
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    with LoweredPrograms(description, KEYS, None) as lowered:
+        assert lowered.num_workers == 0 and [lowered.get(key) for key in KEYS] == [None] * len(KEYS)
+    assert len(warnings_said) == 1 and "/no/such/python" in warnings_said[0]
+
+
 def test_a_worker_refuses_other_sources_and_survives_what_it_cannot_lower(description, monkeypatch, warnings_said):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     with LoweredPrograms(description, ["no such program", "write_rows"], None) as lowered:
@@ -236,8 +243,8 @@ def test_workers_take_over_the_options_of_jax(direct, description, from_worker, 
     options = dict(description.jax_options)
     assert options["jax_numpy_dtype_promotion"] == jax.config.values["jax_numpy_dtype_promotion"]
     assert not {"jax_platforms", "jax_compilation_cache_dir"} & set(options)
-    key = KEYS[1]
-    options = tuple((options | {"jax_default_matmul_precision": "highest"}).items())
-    with LoweredPrograms(dataclasses.replace(description, jax_options=options), [key], None) as lowered:
-        assert "HIGHEST" in direct.lower(key, lowered.get(key)).as_text()
-    assert "HIGHEST" not in direct.lower(key, from_worker[key]).as_text()
+    changed = tuple((options | {"jax_threefry_partitionable": not options["jax_threefry_partitionable"]}).items())
+    key = KEYS[2]
+    with LoweredPrograms(dataclasses.replace(description, jax_options=changed), [key], None) as lowered:
+        text = direct.lower(key, lowered.get(key)).as_text()
+    assert text != direct.lower(key, from_worker[key]).as_text()

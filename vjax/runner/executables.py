@@ -126,7 +126,7 @@ class Executables:
         program = make_program(self.step, key, self.mesh)
         if data is not None:
             try:
-                return lower(import_program(program, data), self.mesh)
+                return lower(import_program(program, data, self.step.geometry.implementation), self.mesh)
             except Exception as e:
                 warning_once(log, f"a program that was lowered elsewhere cannot be used here: {type(e).__name__}: {e}")
         return lower(program, self.mesh)

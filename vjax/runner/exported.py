@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import export
 from jax.sharding import AbstractMesh, Mesh
 
+from pallas_kernels import load_runtime
 from vjax.models.arch import ArchConfig
 from vjax.models.functional import build_model
 from vjax.runner.programs import Key, Program, make_program
@@ -121,8 +122,13 @@ def export_program(description: StepDescription, step: Step, key: Key) -> bytes:
     return pickle.dumps((dataclasses.replace(exported, _get_vjp=None), result))
 
 
-def import_program(program: Program, data: bytes) -> Program:
-    """`program`, with what `export_program` made of it in place of its function. `data` is trusted."""
+def import_program(program: Program, data: bytes, implementation: str) -> Program:
+    """`program`, with what `export_program` made of it in place of its function. `data` is trusted.
+
+    Args:
+        implementation: Of the kernels, as in the step's geometry.
+    """
+    load_runtime(implementation)
     exported, result = pickle.loads(data)
 
     def call(*arguments):

@@ -56,23 +56,31 @@ class LoweredPrograms:
             else:
                 self._missing.append(key)
         self.num_cached = len(keys) - len(self._missing)
-        self.num_workers = min(len(self._missing), max(1, min(_MAX_WORKERS, (os.cpu_count() or 1) // 2)))
+        self.num_workers = 0
         self.seconds = 0.0
         self._lock = threading.Lock()
-        self._num_running = self.num_workers
         self._closed = self._warned = False
         self._workers: list[_Worker] = []
         self._threads: list[threading.Thread] = []
         try:
-            for _ in range(self.num_workers):
-                self._workers.append(_Worker(description))
+            self._start_workers(description)
         except BaseException:
             self.close()
             raise
+
+    def _start_workers(self, description: StepDescription) -> None:
+        try:
+            for _ in range(min(len(self._missing), max(1, min(_MAX_WORKERS, (os.cpu_count() or 1) // 2)))):
+                self._workers.append(_Worker(description))
+        except OSError as e:
+            self._warn(str(e))
+        self.num_workers = self._num_running = len(self._workers)
+        if not self._workers:
+            self._give_up()
         for worker in self._workers:
             thread = threading.Thread(target=self._feed, args=(worker,), name="vjax-lower", daemon=True)
-            self._threads.append(thread)
             thread.start()
+            self._threads.append(thread)
 
     def __enter__(self) -> LoweredPrograms:
         return self
@@ -154,15 +162,19 @@ class _Worker:
 
     def __init__(self, description: StepDescription):
         self._errors = tempfile.TemporaryFile()
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", _WORKER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env=envs.without_device(),
-            # Ctrl-C is for the engine's process, which then ends its workers.
-            start_new_session=True,
-        )
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", _WORKER],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                env=envs.without_device(),
+                # Ctrl-C is for the engine's process, which then ends its workers.
+                start_new_session=True,
+            )
+        except BaseException:
+            self._errors.close()
+            raise
         self._greeting: Any = (source_digest(), description)
 
     def lower(self, key: Key) -> bytes | str:
@@ -197,5 +209,6 @@ class _Worker:
     def release(self) -> None:
         """Closes the pipes, once nobody uses them."""
         for stream in (self._process.stdin, self._process.stdout, self._errors):
+            assert stream is not None
             with contextlib.suppress(BrokenPipeError):  # what was not yet sent
                 stream.close()

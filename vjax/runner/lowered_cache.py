@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from importlib import metadata
-from importlib.util import find_spec
+from importlib.resources import files
 from pathlib import Path
 
 from vjax.log import logger, warning_once
@@ -28,7 +28,7 @@ _DIGEST_SIZE = hashlib.sha256().digest_size
 @functools.cache
 def source_digest() -> str:
     """Hash of the sources and tuned configs of vjax and pallas_kernels, as they were when this was first asked."""
-    return digest_of(Path(folder) for name in _PACKAGES for folder in find_spec(name).submodule_search_locations)
+    return digest_of(Path(str(files(name))) for name in _PACKAGES)
 
 
 def digest_of(packages: Iterable[Path]) -> str:
