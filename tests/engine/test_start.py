@@ -39,12 +39,12 @@ def start_lines(monkeypatch, tmp_path) -> Iterator[list[str]]:
 
 
 def test_everything_is_compiled_before_serving(start_lines):
-    with LLM("vjax-tiny", dtype="float32", kv_cache_dtype="auto", **SMALL) as llm:
+    with LLM("vjax-tiny", **SMALL) as llm:
         expected = llm.generate(PROMPT, PARAMS, use_tqdm=False)[0].outputs[0].token_ids
         executables = llm.llm_engine._core.runner.executables
         assert len(executables.ready()) == len(executables.all_keys()) == 7
         assert llm.llm_engine.num_compilations_while_serving == 0
-    with LLM("vjax-tiny", dtype="float32", kv_cache_dtype="auto", **SMALL) as llm:
+    with LLM("vjax-tiny", **SMALL) as llm:
         assert llm.generate(PROMPT, PARAMS, use_tqdm=False)[0].outputs[0].token_ids == expected
     first, second = [line for line in start_lines if line.startswith("start: weights")]
     assert "7 lowered by" in first and "0 on disk" in first and "warm-up" in first

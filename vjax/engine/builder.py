@@ -194,7 +194,8 @@ def _start_runner(
     lowered: LoweredPrograms | None,
     started: float,
 ) -> ModelRunner:
-    """On a GPU compiles and runs every program, before the KV cache takes the memory that GEMM autotuning works in.
+    """On a GPU compiles and runs every program: before the KV cache takes the memory that GEMM autotuning works in, and
+    after the weights, because scratch among them would leave holes that no array of the cache fits.
 
     Args:
         started: When weights began to be loaded, by `time.perf_counter`, for the log.

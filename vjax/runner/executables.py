@@ -28,6 +28,8 @@ log = logger(__name__)
 # always does; with that the largest prefill bucket grew from 434 to 595 kernels.
 _GPU_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
 
+_DEFAULT_THREADS = max(1, min(8, (os.cpu_count() or 1) // 2))
+
 #: Wraps an iterable of a known length, as tqdm does.
 Progress = Callable[[Iterable, int], Iterable]
 #: The exported form of a program (see `exported.py`), or None.
@@ -94,15 +96,14 @@ class Executables:
         progress: Progress = lambda it, total: it,
         *,
         exported: Exported | None = None,
-        num_threads: int | None = None,
+        num_threads: int = _DEFAULT_THREADS,
     ) -> None:
-        """Compiles `keys` (default: everything) now, in `num_threads` threads (default: half the cores).
+        """Compiles `keys` (default: everything) now, in `num_threads` threads.
 
         Args:
             exported: Where lowered programs come from; what it has not is lowered here, one after the other.
         """
         missing = [k for k in (keys or self.all_keys()) if k not in self._ready]
-        num_threads = num_threads or max(1, (os.cpu_count() or 1) // 2)
         pool = ThreadPoolExecutor(num_threads, thread_name_prefix="vjax-compile")
         try:
             for done in progress(as_completed([pool.submit(self.compile, k, exported) for k in missing]), len(missing)):

@@ -28,6 +28,7 @@ DEFAULT_CPU_KV_BYTES = 1 * _GIB
 _AUTOTUNE_RESERVE = int(1.5 * _GIB)
 #: What GEMM autotuning of one program may take before the KV cache is there; the head's takes half of it.
 _COMPILE_SCRATCH = 2 * _GIB
+_MAX_COMPILE_THREADS = 16
 
 
 def block_bytes(arch: ArchConfig, block_size: int, kv_head_dim: int, itemsize: int) -> int:
@@ -121,10 +122,10 @@ def num_bytes(specs: Iterable[Any]) -> int:
 
 
 def compile_threads(device: Any) -> int:
-    """How many threads may compile for a GPU: one a core, as far as memory lasts."""
+    """How many threads may compile for a GPU whose weights are loaded: one a core, as far as memory lasts."""
     stats = device.memory_stats()
     free = stats["bytes_limit"] - stats["bytes_in_use"]
-    return max(1, min(os.cpu_count() or 1, free // _COMPILE_SCRATCH))
+    return max(1, min(_MAX_COMPILE_THREADS, os.cpu_count() or 1, free // _COMPILE_SCRATCH))
 
 
 def check_weights_fit(specs: Iterable[Any], config: EngineConfig, device: Any) -> None:
