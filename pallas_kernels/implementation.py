@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 
 import jax
@@ -92,6 +93,13 @@ def _default_of_any_dtype(what: str) -> str:
     if reason is not None:
         _warn_once(f"{what} runs in plain XLA, which is slow: {reason}")
     return XLA
+
+
+def load_runtime(implementation: str) -> None:
+    """Makes this process able to compile programs that another one lowered: importing Mosaic GPU, as lowering does, is
+    what tells XLA where the library is that its kernels are launched by."""
+    if is_mosaic(checked_implementation(implementation)):
+        importlib.import_module("pallas_kernels.mosaic")
 
 
 def checked_implementation(implementation: str) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -168,3 +169,11 @@ def test_rope_check_sees_a_wrong_rotation(monkeypatch):
 
     monkeypatch.setattr(reference, "rope_write_kv", wrong)
     assert command_line.main(["check", "rope_write_kv", "--case", "llama3_1b, 1 ", "--implementation", "xla"]) == 1
+
+
+def test_the_kind_is_that_of_the_device_that_is_lowered_for():
+    assert tuning.device_kind() is None
+    axis = (jax.sharding.AxisType.Auto,)
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), axis, abstract_device=device)):
+        assert tuning.device_kind() == "NVIDIA H200"
