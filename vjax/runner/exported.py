@@ -35,6 +35,7 @@ _OTHER_OPTIONS = (
     "jax_cuda_visible_devices",
     "jax_default_device",
     "jax_enable_compilation_cache",
+    "jax_export_",
     "jax_log",
     "jax_mock_",
     "jax_num_cpu_devices",
@@ -87,7 +88,9 @@ class StepDescription:
         return Step(build_model(self.arch, jnp.dtype(self.dtype), kv_scales=self.kv_scales), self.geometry)
 
     def set_jax_options(self) -> None:
-        """Gives this process the options of the process that made the description."""
+        """Gives this process the options of the process that made the description, for good."""
+        # Otherwise kernels are written down in an older form, for an older JAX to read.
+        jax.config.update("jax_export_ignore_forward_compatibility", True)
         for name, value in self.jax_options:
             if jax.config.values[name] != value:
                 jax.config.update(name, value.value if isinstance(value, enum.Enum) else value)
