@@ -61,8 +61,11 @@ def sample_buckets(sizes: Sequence[int]) -> list[SampleBucket]:
 
 
 def all_keys(buckets: Buckets) -> list[Key]:
-    """Every program of an engine, those that take longest to compile first."""
-    return [*buckets.mixed[::-1], *buckets.decode[::-1], *sample_buckets(buckets.sample)[::-1], *UPDATES]
+    """Every program of an engine, those that take longest to compile first. Of sample programs of one size the greedy
+    one comes long before the others, which then find the head's product tuned."""
+    samples = sample_buckets(buckets.sample)[::-1]
+    greedy = [key for key in samples if key.variant == Variant.GREEDY]
+    return [*greedy, *buckets.mixed[::-1], *buckets.decode[::-1], *(k for k in samples if k not in greedy), *UPDATES]
 
 
 #: What carries row writes that a step's own buffer cannot.
