@@ -188,8 +188,10 @@ CANDIDATES = (
     DecodeConfig(heads=2, stages=2, streams=2),
     DecodeConfig(heads=2, stages=4, staged=128, unroll=2),
     DecodeConfig(heads=2, stages=5, staged=128, unroll=8),
+    DecodeConfig(heads=2, stages=5, staged=128, unroll=8, min_tiles=1),
     DecodeConfig(heads=2, stages=5, staged=128, unroll=32),
 )
+_SHORT_CONTEXT = 1024
 
 
 def _tuned() -> list[Tuned]:
@@ -217,7 +219,9 @@ def _fits(config: DecodeConfig, shape: DecodeShape) -> bool:
     return True
 
 
-def _timed_config(shape: Shape, static: DecodeShape, config: DecodeConfig) -> Timed:
+def _timed_config(shape: Shape, static: DecodeShape, config: DecodeConfig) -> list[Timed]:
+    """With the shape's context and with a short one, which favours configs that cut little."""
+
     def attend(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, *metadata: jax.Array) -> jax.Array:
         from pallas_kernels.ragged_paged_attention.mosaic_decode import decode_attention
 
@@ -225,8 +229,10 @@ def _timed_config(shape: Shape, static: DecodeShape, config: DecodeConfig) -> Ti
         plan = plan_decode(block_tables, table_rows, cu_q_lens, kv_lens, static, config)
         return decode_attention(q, k_cache, v_cache, plan, scale=shape.head_dim**-0.5)
 
-    case = _timed_case(shape, {"config": attend}, functools.partial(paged_arguments, shape), decode=True)
-    return dataclasses.replace(case, kernels=("decode_attention",))  # the plan is a step's, not a layer's
+    shapes = [shape, dataclasses.replace(shape, context=_SHORT_CONTEXT)]
+    cases = [_timed_case(s, {"config": attend}, functools.partial(paged_arguments, s), decode=True) for s in shapes]
+    # The plan is a step's, not a layer's.
+    return [dataclasses.replace(case, kernels=("decode_attention",)) for case in cases]
 
 
 def _ragged_error(shape: Shape, seed: int, decode_only: bool, implementation: str) -> float:

@@ -39,9 +39,9 @@ def _timed() -> list[Timed]:
 def _tuned() -> list[Tuned]:
     from pallas_kernels.add_rms_norm import mosaic_gpu as kernel
 
-    def timed(model: str, num_tokens: int, config: Any) -> Timed:
+    def timed(model: str, num_tokens: int, config: Any) -> list[Timed]:
         run = functools.partial(kernel.add_rms_norm, eps=_EPS, interpret=False, config=config)
-        return _timed_case(model, num_tokens, {"config": run})
+        return [_timed_case(model, num_tokens, {"config": run})]
 
     return [
         Tuned(

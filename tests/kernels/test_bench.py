@@ -142,7 +142,7 @@ def test_timing_without_a_gpu(monkeypatch):
 
 
 def test_tune_stores_the_fastest_that_runs(monkeypatch, tmp_path):
-    def timed(config: Config) -> cases.Timed:
+    def timed(config: Config) -> list[cases.Timed]:
         def multiply(x):
             if config.tile == 3:
                 raise ValueError("does not fit")
@@ -150,7 +150,10 @@ def test_tune_stores_the_fastest_that_runs(monkeypatch, tmp_path):
                 x = jnp.tanh(x @ x)
             return x
 
-        return cases.Timed("tiny", {"config": multiply}, lambda seed: (jnp.ones((256, 256)),), read_bytes=1 << 18)
+        return [
+            cases.Timed("tiny", {"config": multiply}, lambda seed, n=n: (jnp.ones((n, n)),), read_bytes=1 << 18)
+            for n in (256, 128)
+        ]
 
     case = cases.Tuned("op", EXACT, {"tokens": 64}, [Config(2), Config(1), Config(3), Config(2)], timed)
     monkeypatch.setattr(tuning, "device_kind", lambda: "Any GPU")
