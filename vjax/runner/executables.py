@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
@@ -121,7 +122,9 @@ class Executables:
         data = None if exported is None else exported(key)
         with self._tracing:
             lowered = self.lower(key, data)
+        started = time.perf_counter()
         compiled = lowered.compile(compiler_options=_gpu_options(key) if self.platform == "gpu" else None)
+        log.debug("compiled %s in %.2f s", getattr(key, "name", key), time.perf_counter() - started)
         self._ready[key] = compiled
         return compiled
 
