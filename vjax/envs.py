@@ -18,6 +18,9 @@ from vjax.errors import ConfigError
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
+_RELEVANT = ("VJAX_", "VLLM_", "JAX_", "XLA_", "CUDA_", "HF_", "LD_LIBRARY_PATH", "TOKENIZERS_")
+_SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
 
@@ -58,6 +61,16 @@ def without_device() -> dict[str, str]:
         # JAX looks for its GPU plugin even then, and would complain that there is no GPU.
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
     }
+
+
+def relevant() -> dict[str, str]:
+    """The variables of this process that bear on vjax, JAX or the hub, for a report: secrets are not shown."""
+
+    def shown(name: str, value: str) -> str:
+        is_secret = any(part in _SECRETS for part in name.split("_"))
+        return "set, not shown" if is_secret else value
+
+    return {name: shown(name, value) for name, value in sorted(os.environ.items()) if name.startswith(_RELEVANT)}
 
 
 def log_level() -> str:

@@ -29,6 +29,15 @@ def resolve_model_path(model: str, revision: str | None = None, download_dir: st
     Raises:
         ModelLoadError: There is no such directory, or the hub (offline: its cache) does not give the model.
     """
+    return _resolve(model, revision, download_dir, ALLOW_PATTERNS)
+
+
+def resolve_config_path(model: str, revision: str | None = None, download_dir: str | None = None) -> Path:
+    """Like `resolve_model_path`, but of a hub id only the JSON files are fetched."""
+    return _resolve(model, revision, download_dir, ["*.json"])
+
+
+def _resolve(model: str, revision: str | None, download_dir: str | None, patterns: list[str]) -> Path:
     local = Path(model).expanduser()
     if model and local.is_dir():
         return local
@@ -42,7 +51,7 @@ def resolve_model_path(model: str, revision: str | None = None, download_dir: st
             parameter="model",
             value=model,
         )
-    return _from_hub(model, revision, download_dir)
+    return _from_hub(model, revision, download_dir, patterns)
 
 
 def _bundled() -> Path:
@@ -52,7 +61,7 @@ def _bundled() -> Path:
     return path
 
 
-def _from_hub(model: str, revision: str | None, download_dir: str | None) -> Path:
+def _from_hub(model: str, revision: str | None, download_dir: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
@@ -60,7 +69,7 @@ def _from_hub(model: str, revision: str | None, download_dir: str | None) -> Pat
             model,
             revision=revision,
             cache_dir=download_dir,
-            allow_patterns=ALLOW_PATTERNS,
+            allow_patterns=patterns,
             ignore_patterns=IGNORE_PATTERNS,
         )
     except (OSError, ValueError) as error:
