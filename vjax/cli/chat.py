@@ -73,7 +73,7 @@ class Conversation:
         if len(self.messages) > len(self._start):
             del self.messages[-2:]
 
-    def answer(self, text: str) -> Generator[tuple[str, Any]]:
+    def answer(self, text: str) -> Generator[tuple[str, Any], None, None]:
         """(more of the answer, the request's latest output), until it is finished.
 
         Closing the iterator ends the request; what was said until then stays in the conversation.
