@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,6 +107,7 @@ def profile(llm: LLM, requests: Sequence[Request], folder: Path) -> Record:
         "read_bytes_per_second": bandwidth,
         "least_seconds": {name: size / bandwidth for name, size in engine.least_bytes_read(num_keys).items()},
     }
+    (folder / "step.json").write_text(json.dumps(record, indent=1) + "\n")
     step_picture.draw(record, kernels, folder / "step.png")
     return record
 
