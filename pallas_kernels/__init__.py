@@ -5,7 +5,8 @@ Importing this package never imports Pallas: Mosaic GPU kernels are loaded when 
 
 from __future__ import annotations
 
-from pallas_kernels.implementation import IMPLEMENTATIONS, default_implementation, padded_head_dim
+from pallas_kernels.add_rms_norm.api import add_rms_norm
+from pallas_kernels.implementation import IMPLEMENTATIONS, default_implementation, load_runtime, padded_head_dim
 from pallas_kernels.kv_write.api import write_kv
 from pallas_kernels.kv_write.rope import rope_write_kv
 from pallas_kernels.ragged_paged_attention.api import ragged_paged_attention
@@ -15,7 +16,9 @@ from pallas_kernels.sampling_truncation.api import truncate_logits
 __all__ = [
     "IMPLEMENTATIONS",
     "AttentionPlan",
+    "add_rms_norm",
     "default_implementation",
+    "load_runtime",
     "padded_head_dim",
     "plan_attention",
     "ragged_paged_attention",

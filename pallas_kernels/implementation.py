@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 
 import jax
@@ -77,12 +78,28 @@ def default_implementation(dtype: DTypeLike, head_dim: int) -> str:
 
 def default_truncation_implementation() -> str:
     """The sampling truncation implementation for the default device (its logits are always float32)."""
+    return _default_of_any_dtype("sampling truncation")
+
+
+def default_norm_implementation() -> str:
+    """The implementation of residual addition with RMS norm for the default device."""
+    return _default_of_any_dtype("RMS norm")
+
+
+def _default_of_any_dtype(what: str) -> str:
     hopper, reason = _hopper_or_reason()
     if hopper:
         return MOSAIC_GPU
     if reason is not None:
-        _warn_once(f"sampling truncation runs in plain XLA, which is slow: {reason}")
+        _warn_once(f"{what} runs in plain XLA, which is slow: {reason}")
     return XLA
+
+
+def load_runtime(implementation: str) -> None:
+    """Makes this process able to compile programs that another one lowered: importing Mosaic GPU, as lowering does, is
+    what tells XLA where the library is that its kernels are launched by."""
+    if is_mosaic(checked_implementation(implementation)):
+        importlib.import_module("pallas_kernels.mosaic")
 
 
 def checked_implementation(implementation: str) -> str:

@@ -37,7 +37,11 @@ class Entry:
 
 
 def device_kind() -> str | None:
-    """The default device's kind, None on a CPU."""
+    """The kind of the device that is lowered for, by `jax.sharding.use_abstract_mesh`, else of the default device; None
+    for a CPU."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return device.device_kind if device.platform == "gpu" else None
     return jax.devices()[0].device_kind if jax.default_backend() == "gpu" else None
 
 
@@ -82,7 +86,7 @@ def lookup(
         exact: Facts that an entry must have, all of them equal.
         sizes: Positive sizes; an entry must have the same names.
         fallback: The heuristic.
-        kind: Device kind; None takes the default device's (a CPU has no entries).
+        kind: Device kind; None takes `device_kind()` (a CPU has no entries).
         folder: Where the files are.
     """
     kind = kind or device_kind()

@@ -34,9 +34,9 @@ ALLOWED: dict[str, set[str]] = {
     "weights": {"layers", "models", "parallel"},
     **{leaf: set() for leaf in LEAVES},
 }
-#: Packages that call kernels; the two modules ask pallas_kernels which implementation and which plan there will be.
+#: Packages that call kernels; the three modules ask pallas_kernels for an implementation, its runtime, and a plan.
 USE_KERNELS = {"layers", "sample", "quant", "lora"}
-PLAN_KERNELS = {"vjax.engine.builder", "vjax.runner.step"}
+PLAN_KERNELS = {"vjax.engine.builder", "vjax.runner.exported", "vjax.runner.step"}
 NO_JAX = LEAVES | {"benchmarks", "cli", "kv", "scheduler", "text"}
 #: The only modules that read or set environment variables: the settings, and what JAX itself takes from there.
 #: Where torch may be imported, inside a function.

@@ -3,14 +3,15 @@
 | variable | meaning | default |
 |---|---|---|
 | VJAX_USE_V1 | 1: V1 engine, 0: V0 engine; an explicit `use_v1` wins | VLLM_USE_V1, then 1 |
-| VJAX_CACHE_DIR | folder for compiled executables | ~/.cache/vjax |
-| VJAX_COMPILE_CACHE | 0: do not keep compiled executables between processes | 1 |
+| VJAX_CACHE_DIR | folder for lowered and compiled programs | ~/.cache/vjax |
+| VJAX_COMPILE_CACHE | 0: do not keep lowered and compiled programs between processes | 1 |
 | VJAX_LOG_LEVEL | DEBUG, INFO, WARNING or ERROR | INFO |
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from vjax.errors import ConfigError
@@ -45,6 +46,18 @@ def with_compile_cache(folder: str) -> dict[str, str]:
     others = ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE")
     kept = {name: value for name, value in os.environ.items() if name not in others}
     return kept | {"VJAX_CACHE_DIR": folder, "VJAX_COMPILE_CACHE": "1"}
+
+
+def without_device() -> dict[str, str]:
+    """This process's environment for a child that uses JAX on the CPU only, and imports what this process imports."""
+    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return kept | {
+        "PYTHONPATH": os.pathsep.join(os.path.abspath(folder) for folder in sys.path),
+        "JAX_PLATFORMS": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        # JAX looks for its GPU plugin even then, and would complain that there is no GPU.
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    }
 
 
 def log_level() -> str:

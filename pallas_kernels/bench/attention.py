@@ -176,54 +176,6 @@ def _timed_case(
     )
 
 
-MIXED_DECODES, MIXED_CONTEXT, MIXED_CHUNK = 200, 1024, 2048
-
-
-def _timed_mixed() -> list[Timed]:
-    """One call for decode rows and a chunk of a prompt, against a call for each."""
-    shape = Shape(MIXED_DECODES, 1, MIXED_CONTEXT)
-    return [
-        Timed(
-            f"{MIXED_DECODES} x 1 token, context {MIXED_CONTEXT}, and a prompt of {MIXED_CHUNK}",
-            {"one call": _one_call, "one after the other": _two_calls},
-            _mixed_arguments,
-            read_bytes=shape.cache_bytes,
-        )
-    ]
-
-
-def _one_call(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, plans: tuple) -> jax.Array:
-    return attend(q, k_cache, v_cache, plans[0])
-
-
-def _two_calls(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, plans: tuple) -> tuple[jax.Array, jax.Array]:
-    decodes = attend(q[:MIXED_DECODES], k_cache, v_cache, plans[1])
-    return decodes, attend(q[MIXED_DECODES:], k_cache, v_cache, plans[2])
-
-
-def _mixed_arguments(seed: int) -> tuple:
-    """q, caches and the plans of the whole step, of its decode rows and of its prompt."""
-    lens = np.full(MIXED_DECODES + 1, MIXED_CONTEXT)
-    lens[-1] = MIXED_CHUNK
-    shape = Shape(MIXED_DECODES + 1, 1, MIXED_CHUNK)
-    _, k_cache, v_cache, tables, rows, _, _ = paged_arguments(shape, seed)
-    starts = np.concatenate([np.arange(MIXED_DECODES + 1), [MIXED_DECODES + MIXED_CHUNK]])
-    kv_lens, cu_q_lens = jnp.asarray(lens, jnp.int32), jnp.asarray(starts, jnp.int32)
-    one = slice(MIXED_DECODES, MIXED_DECODES + 1)
-    num_tokens = MIXED_DECODES + MIXED_CHUNK
-    prompt_starts = jnp.array([0, MIXED_CHUNK], jnp.int32)
-
-    def planned(num_tokens: int, decode_only: bool, *metadata: jax.Array) -> Any:
-        return jax.jit(functools.partial(plan, None, shape, num_tokens, decode_only=decode_only))(*metadata)
-
-    plans = (
-        planned(num_tokens, False, tables, rows, cu_q_lens, kv_lens),
-        planned(MIXED_DECODES, True, tables, rows[:-1], cu_q_lens[:-1], kv_lens[:-1]),
-        planned(MIXED_CHUNK, False, tables, rows[one], prompt_starts, kv_lens[one]),
-    )
-    return normal((num_tokens, shape.heads, shape.head_dim), seed=seed), k_cache, v_cache, plans
-
-
 CANDIDATES = (
     DecodeConfig(heads=8, stages=6),
     DecodeConfig(heads=8, stages=2, streams=2),
@@ -236,8 +188,10 @@ CANDIDATES = (
     DecodeConfig(heads=2, stages=2, streams=2),
     DecodeConfig(heads=2, stages=4, staged=128, unroll=2),
     DecodeConfig(heads=2, stages=5, staged=128, unroll=8),
+    DecodeConfig(heads=2, stages=5, staged=128, unroll=8, min_tiles=1),
     DecodeConfig(heads=2, stages=5, staged=128, unroll=32),
 )
+_SHORT_CONTEXT = 1024
 
 
 def _tuned() -> list[Tuned]:
@@ -265,7 +219,9 @@ def _fits(config: DecodeConfig, shape: DecodeShape) -> bool:
     return True
 
 
-def _timed_config(shape: Shape, static: DecodeShape, config: DecodeConfig) -> Timed:
+def _timed_config(shape: Shape, static: DecodeShape, config: DecodeConfig) -> list[Timed]:
+    """With the shape's context and with a short one, which favours configs that cut little."""
+
     def attend(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, *metadata: jax.Array) -> jax.Array:
         from pallas_kernels.ragged_paged_attention.mosaic_decode import decode_attention
 
@@ -273,8 +229,10 @@ def _timed_config(shape: Shape, static: DecodeShape, config: DecodeConfig) -> Ti
         plan = plan_decode(block_tables, table_rows, cu_q_lens, kv_lens, static, config)
         return decode_attention(q, k_cache, v_cache, plan, scale=shape.head_dim**-0.5)
 
-    case = _timed_case(shape, {"config": attend}, functools.partial(paged_arguments, shape), decode=True)
-    return dataclasses.replace(case, kernels=("decode_attention",))  # the plan is a step's, not a layer's
+    shapes = [shape, dataclasses.replace(shape, context=_SHORT_CONTEXT)]
+    cases = [_timed_case(s, {"config": attend}, functools.partial(paged_arguments, s), decode=True) for s in shapes]
+    # The plan is a step's, not a layer's.
+    return [dataclasses.replace(case, kernels=("decode_attention",)) for case in cases]
 
 
 def _ragged_error(shape: Shape, seed: int, decode_only: bool, implementation: str) -> float:
@@ -322,7 +280,6 @@ def _no_tuning() -> Sequence[Tuned]:
 
 
 DECODE_ATTENTION = Op("decode", lambda: _timed(DECODE, decode=True), _tuned, lambda: _checked(True))
-MIXED_ATTENTION = Op("mixed", _timed_mixed, _no_tuning, lambda: [])
 PREFILL_ATTENTION = Op("prefill", lambda: _timed(PREFILL, decode=False), _no_tuning, lambda: _checked(False))
 
 

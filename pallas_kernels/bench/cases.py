@@ -45,8 +45,8 @@ class Tuned:
     sizes: dict[str, int]
     candidates: Sequence[Any]
     """Configs, the heuristic's first."""
-    timed: Callable[[Any], Timed]
-    """The case with one column, "config", that runs the kernel with a config."""
+    timed: Callable[[Any], Sequence[Timed]]
+    """Of a config: cases with one column, "config", that runs the kernel with it. The mean of their times decides."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import jax
 
 from pallas_kernels import tuning
-from pallas_kernels.bench import attention, kv, truncation
+from pallas_kernels.bench import attention, kv, mixed, norm, truncation
 from pallas_kernels.bench.cases import Op, Timed
 from pallas_kernels.bench.timing import (
     Ceilings,
@@ -30,9 +31,10 @@ OPS: dict[str, Op] = {
     for op in (
         attention.DECODE_ATTENTION,
         attention.PREFILL_ATTENTION,
-        attention.MIXED_ATTENTION,
+        mixed.MIXED_ATTENTION,
         kv.WRITE_KV,
         kv.ROPE_WRITE_KV,
+        norm.ADD_RMS_NORM,
         truncation.TRUNCATE_LOGITS,
     )
 }
@@ -72,10 +74,13 @@ def tune(op: Op, only: str, emit: Callable[[str], None] = print) -> None:
             continue
         found = []
         configs = list(dict.fromkeys(case.candidates))
-        for config, seconds in zip(configs, _times([case.timed(config) for config in configs]), strict=True):
-            emit(f"{title}: {config}: {seconds if isinstance(seconds, str) else f'{seconds * 1e6:.2f} us'}")
-            if isinstance(seconds, float):
-                found.append((seconds, len(found), config))
+        timed = [case.timed(config) for config in configs]
+        columns = [_times(list(cases)) for cases in zip(*timed, strict=True)]
+        for config, times in zip(configs, zip(*columns, strict=True), strict=True):
+            failure = next((text for text in times if isinstance(text, str)), None)
+            emit(f"{title}: {config}: {failure or ', '.join(f'{seconds * 1e6:.2f} us' for seconds in times)}")
+            if failure is None:
+                found.append((statistics.geometric_mean(times), len(found), config))
         if found:
             seconds, _, config = min(found)
             entry = tuning.Entry(case.exact, case.sizes, dataclasses.asdict(config), round(seconds * 1e6, 2))

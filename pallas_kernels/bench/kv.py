@@ -61,9 +61,9 @@ def _write_timed() -> list[Timed]:
 def _write_tuned() -> list[Tuned]:
     from pallas_kernels.kv_write import mosaic_registers as kernel
 
-    def timed(model: str, num_tokens: int, config: Any) -> Timed:
+    def timed(model: str, num_tokens: int, config: Any) -> list[Timed]:
         write = jax.jit(functools.partial(kernel.write_kv, config=config, interpret=False))
-        return _timed_write(model, num_tokens, {"config": write})
+        return [_timed_write(model, num_tokens, {"config": write})]
 
     return [
         Tuned(

@@ -66,9 +66,9 @@ def _timed() -> list[Timed]:
 def _tuned() -> list[Tuned]:
     from pallas_kernels.sampling_truncation import mosaic_gpu as kernel
 
-    def timed(rows: int, vocab: int, config: Any) -> Timed:
+    def timed(rows: int, vocab: int, config: Any) -> list[Timed]:
         run = functools.partial(kernel.truncate_logits, config=config, interpret=False)
-        return _timed_case(rows, vocab, "top-p 0.9", {"config": run})
+        return [_timed_case(rows, vocab, "top-p 0.9", {"config": run})]
 
     candidates = [kernel.Config(*values) for values in CANDIDATES]
     return [

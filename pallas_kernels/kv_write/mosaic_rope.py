@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.kv_write.head_rows import HeadRows, head_rows
+from pallas_kernels.kv_write.new_heads import NewHeads
 from pallas_kernels.mosaic import interpret_params, load
 
 
@@ -41,33 +42,26 @@ class _Shape:
 
 
 def rope_write_kv(
-    qkv: jax.Array | tuple[jax.Array, jax.Array, jax.Array],
-    cos: jax.Array,
-    sin: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
-    slots: jax.Array,
-    q_norm: jax.Array | None,
-    k_norm: jax.Array | None,
-    *,
-    eps: float,
-    interpret: bool,
+    new: NewHeads, k_cache: jax.Array, v_cache: jax.Array, slots: jax.Array, *, interpret: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See rope.rope_write_kv; `interpret` runs the kernel on the CPU with race detection."""
     num_tokens = slots.shape[0]
     _, num_kv_heads, _, head_dim = k_cache.shape
-    packed = not isinstance(qkv, tuple)
-    group = qkv.shape[2] - 2 if packed else 0
+    if isinstance(new.qkv, tuple):
+        heads, group, num_q_heads = new.qkv, 0, new.qkv[0].shape[1]
+    else:
+        heads, group = (new.qkv,), new.qkv.shape[2] - 2
+        num_q_heads = num_kv_heads * group
     shape = _Shape(
-        num_q_heads=num_kv_heads * group if packed else qkv[0].shape[1],
+        num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         group=group,
-        eps=eps,
-        normed=q_norm is not None,
+        eps=new.eps,
+        normed=new.q_norm is not None,
     )
     kernel = plgpu.kernel(
-        functools.partial(_kernel, shape, packed),
+        functools.partial(_kernel, shape),
         out_type=jax.ShapeDtypeStruct((num_tokens, shape.num_q_heads, head_dim), k_cache.dtype),
         grid=(num_tokens,),
         grid_names=("token",),
@@ -80,14 +74,13 @@ def rope_write_kv(
         interpret=interpret_params(interpret),
         kernel_name="rope_write_kv",
     )
-    norms = () if q_norm is None or k_norm is None else (q_norm.astype(jnp.float32), k_norm.astype(jnp.float32))
-    heads = (qkv,) if packed else qkv
+    norms = [norm.astype(jnp.float32) for norm in (new.q_norm, new.k_norm) if norm is not None]
     k_ref, v_ref = jax.new_ref(k_cache), jax.new_ref(v_cache)
-    q = kernel(slots, cos, sin, *norms, *heads, k_ref, v_ref)
+    q = kernel(slots, new.cos, new.sin, *norms, *heads, k_ref, v_ref)
     return q, jax.freeze(k_ref), jax.freeze(v_ref)
 
 
-def _kernel(shape: _Shape, packed: bool, slots: Any, cos: Any, sin: Any, *refs: Any) -> None:
+def _kernel(shape: _Shape, slots: Any, cos: Any, sin: Any, *refs: Any) -> None:
     """Body of one CTA: one token."""
     norms, refs = (refs[:2], refs[2:]) if shape.normed else ((None, None), refs)
     heads, (k_cache, v_cache, q_out) = refs[:-3], refs[-3:]
@@ -97,7 +90,7 @@ def _kernel(shape: _Shape, packed: bool, slots: Any, cos: Any, sin: Any, *refs: 
     slot = slots[token]
     q_tile, kv_tile = shape.q_tile, shape.kv_tile
     kv_windows = [pl.ds(start, kv_tile.rows) for start in kv_tile.windows(shape.num_kv_heads)]
-    if packed:
+    if shape.group:
         qkv = heads[0].at[token]
         starts = [(head, start) for head in range(shape.num_kv_heads) for start in q_tile.windows(shape.group)]
         q_windows = [pl.ds(head * shape.group + start, q_tile.rows) for head, start in starts]

@@ -16,9 +16,8 @@ from pallas_kernels.implementation import (
 )
 from pallas_kernels.kv_scales import check_scale, stored
 from pallas_kernels.kv_write import xla
+from pallas_kernels.kv_write.new_heads import Heads, NewHeads
 from pallas_kernels.validation import check_array, check_caches
-
-Heads = jax.Array | tuple[jax.Array, jax.Array, jax.Array]
 
 
 def rope_write_kv(
@@ -64,75 +63,63 @@ def rope_write_kv(
         ValueError: A shape or dtype is wrong.
         NotImplementedError: The implementation cannot serve this cache; "xla" can.
     """
-    _check(qkv, cos, sin, k_cache, v_cache, slots, q_norm, k_norm)
+    new = NewHeads(qkv, cos, sin, q_norm, k_norm, float(eps))
+    _check(new, k_cache, v_cache, slots)
     if implementation is None:
         implementation = default_implementation(k_cache.dtype, k_cache.shape[3])
     if checked_implementation(implementation) != XLA:
         check_mosaic_cache(k_cache.dtype, k_cache.shape[3])
     check_scale("k_scale", k_scale, k_cache.shape[1])
     check_scale("v_scale", v_scale, k_cache.shape[1])
-    arguments = (qkv, cos, sin, k_cache, v_cache, slots, q_norm, k_norm, k_scale, v_scale)
-    return _rope_write_kv(*arguments, eps=float(eps), implementation=implementation)
+    return _rope_write_kv(new, k_cache, v_cache, slots, k_scale, v_scale, implementation=implementation)
 
 
-def _check(
-    qkv: Heads,
-    cos: jax.Array,
-    sin: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
-    slots: jax.Array,
-    q_norm: jax.Array | None,
-    k_norm: jax.Array | None,
-) -> None:
+def _check(new: NewHeads, k_cache: jax.Array, v_cache: jax.Array, slots: jax.Array) -> None:
     check_caches(k_cache, v_cache)
     _, num_kv_heads, _, cache_head_dim = k_cache.shape
     check_array("slots", slots, (None,), jnp.int32)
     num_tokens = slots.shape[0]
-    if isinstance(qkv, tuple):
-        q, k, v = qkv
+    if isinstance(new.qkv, tuple):
+        q, k, v = new.qkv
         check_array("q", q, (num_tokens, None, None))
         head_dim = q.shape[2]
         check_array("k", k, (num_tokens, num_kv_heads, head_dim), q.dtype)
         check_array("v", v, k.shape, q.dtype)
     else:
-        check_array("qkv", qkv, (num_tokens, num_kv_heads, None, None))
-        head_dim = qkv.shape[3]
-        if qkv.shape[2] < 3:
-            raise ValueError(f"qkv has shape {list(qkv.shape)}; its third dimension is query heads + 2, so at least 3")
+        check_array("qkv", new.qkv, (num_tokens, num_kv_heads, None, None))
+        head_dim = new.qkv.shape[3]
+        if new.qkv.shape[2] < 3:
+            raise ValueError(
+                f"qkv has shape {list(new.qkv.shape)}; its third dimension is query heads + 2, so at least 3"
+            )
     if head_dim > cache_head_dim or head_dim % 2:
         raise ValueError(f"head_dim is {head_dim}; it must be even and at most the cache's {cache_head_dim}")
-    for name, array in (("cos", cos), ("sin", sin)):
+    for name, array in (("cos", new.cos), ("sin", new.sin)):
         check_array(name, array, (num_tokens, head_dim // 2), jnp.float32)
-    if (q_norm is None) != (k_norm is None):
+    if (new.q_norm is None) != (new.k_norm is None):
         raise ValueError("one of q_norm and k_norm is None; give both or neither")
-    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+    for name, norm in (("q_norm", new.q_norm), ("k_norm", new.k_norm)):
         if norm is not None:
             check_array(name, norm, (head_dim,))
 
 
-@functools.partial(jax.jit, static_argnames=("eps", "implementation"))
+@functools.partial(jax.jit, static_argnames=("implementation",))
 def _rope_write_kv(
-    qkv: Heads,
-    cos: jax.Array,
-    sin: jax.Array,
+    new: NewHeads,
     k_cache: jax.Array,
     v_cache: jax.Array,
     slots: jax.Array,
-    q_norm: jax.Array | None,
-    k_norm: jax.Array | None,
     k_scale: jax.Array | None,
     v_scale: jax.Array | None,
     *,
-    eps: float,
     implementation: str,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    heads = qkv if isinstance(qkv, tuple) else (qkv,)
+    heads = new.qkv[0] if isinstance(new.qkv, tuple) else new.qkv
     interpret = implementation == MOSAIC_GPU_INTERPRET
     scaled = k_scale is not None or v_scale is not None
-    if implementation == XLA or heads[0].dtype != k_cache.dtype or heads[0].shape[-1] != k_cache.shape[-1] or scaled:
+    if implementation == XLA or heads.dtype != k_cache.dtype or heads.shape[-1] != k_cache.shape[-1] or scaled:
         # Not worth a kernel: XLA rotates, pads and converts, the kernel writes.
-        q, k, v = xla.turned_heads(qkv, cos, sin, q_norm, k_norm, eps=eps, head_dim=k_cache.shape[-1])
+        q, k, v = xla.turned_heads(new, k_cache.shape[-1])
         k, v = stored(k, k_scale, k_cache.dtype), stored(v, v_scale, v_cache.dtype)
         if implementation == XLA:
             return q, *xla.write_kv(k_cache, v_cache, k, v, slots)
@@ -141,6 +128,4 @@ def _rope_write_kv(
         return q, *mosaic_registers.write_kv(k_cache, v_cache, k, v, slots, interpret=interpret)
     from pallas_kernels.kv_write import mosaic_rope
 
-    return mosaic_rope.rope_write_kv(
-        qkv, cos, sin, k_cache, v_cache, slots, q_norm, k_norm, eps=eps, interpret=interpret
-    )
+    return mosaic_rope.rope_write_kv(new, k_cache, v_cache, slots, interpret=interpret)

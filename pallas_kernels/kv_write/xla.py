@@ -1,10 +1,12 @@
-"""KV write as an XLA scatter, in place when the caches are donated."""
+"""KV write as an XLA scatter, in place when the caches are donated, and the plain form of rope."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from pallas_kernels.kv_write.new_heads import NewHeads
 
 
 def write_kv(
@@ -21,36 +23,21 @@ def write_kv(
     return scatter(k_cache, k), scatter(v_cache, v)
 
 
-def turned_heads(
-    qkv: jax.Array | tuple[jax.Array, jax.Array, jax.Array],
-    cos: jax.Array,
-    sin: jax.Array,
-    q_norm: jax.Array | None,
-    k_norm: jax.Array | None,
-    *,
-    eps: float,
-    head_dim: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def turned_heads(new: NewHeads, head_dim: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q [T, H, head_dim], k and v [T, KVH, head_dim], q and k normalised and rotated, zero-padded to `head_dim`."""
 
     def turned(x: jax.Array, norm: jax.Array | None) -> jax.Array:
         wide = x.astype(jnp.float32)
         if norm is not None:
-            factor = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + jnp.float32(eps))
+            factor = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + jnp.float32(new.eps))
             wide = wide * factor * norm.astype(jnp.float32)
         first, second = jnp.split(wide, 2, axis=-1)
-        c, s = cos[:, None], sin[:, None]
+        c, s = new.cos[:, None], new.sin[:, None]
         return jnp.concatenate([first * c - second * s, second * c + first * s], axis=-1).astype(x.dtype)
 
     def padded(x: jax.Array) -> jax.Array:
         extra = head_dim - x.shape[-1]
         return jnp.pad(x, ((0, 0), (0, 0), (0, extra))) if extra else x
 
-    q, k, v = qkv if isinstance(qkv, tuple) else unpacked(qkv)
-    return padded(turned(q, q_norm)), padded(turned(k, k_norm)), padded(v)
-
-
-def unpacked(qkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """q [T, KVH * G, D], k and v [T, KVH, D] of qkv [T, KVH, G + 2, D]."""
-    num_tokens, _, _, head_dim = qkv.shape
-    return qkv[:, :, :-2].reshape(num_tokens, -1, head_dim), qkv[:, :, -2], qkv[:, :, -1]
+    q, k, v = new.unpacked()
+    return padded(turned(q, new.q_norm)), padded(turned(k, new.k_norm)), padded(v)

@@ -33,7 +33,9 @@ Metadata = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 DECODE_KERNEL = "decode_attention"
 """Its name in the files of `tuned/`."""
 
-_FEW_SEQUENCES = 8
+# A sequence alone is cut into some thirty pieces, whose second kernel loads them at once; eight into five each.
+_LONE_SEQUENCES, _FEW_SEQUENCES = 2, 32
+_FEW_FP8_SEQUENCES, _SOME_FP8_SEQUENCES = 4, 16
 _F16_MAX = 65504.0
 _INTERPRETED_CTAS = 2  # the interpreter runs a thread for each of their warpgroups
 
@@ -87,24 +89,10 @@ def default_decode_config(shape: DecodeShape, num_seqs: int, dtype: DTypeLike) -
     Raises:
         NotImplementedError: The query heads of one KV head are more than the rows of a tile.
     """
-    few = num_seqs <= _FEW_SEQUENCES
-    if is_fp8(dtype):
-        options = {
-            64: {"stages": 6, "streams": 2, "converted": 2} if few else {"stages": 5, "streams": 3, "staged": 32},
-            128: {"stages": 7, "converted": 2, "unroll": 16} if few else {"stages": 3, "streams": 2, "staged": 32},
-            256: {"stages": 5, "columns": 64},
-        }
-    elif shape.max_q_len > 1:
-        options = {64: {"stages": 5, "streams": 2}, 128: {"stages": 6}}
-    else:
-        options = {
-            64: {"stages": 5, "streams": 2} if few else {"stages": 3, "streams": 3},
-            128: {"stages": 5, "staged": 128, "unroll": 32} if few else {"stages": 2, "streams": 2},
-            256: {"stages": 5, "columns": 64},
-        }
+    choices, options = _decode_options(shape, num_seqs, dtype)
     best = None
-    for heads in (2, 4, 1) if few else (8, 4, 2, 1):
-        config = DecodeConfig(heads=heads, **options[shape.head_dim])
+    for heads in choices:
+        config = DecodeConfig(heads=heads, **options)
         try:
             fits = tiling(config, shape)
         except ValueError:
@@ -118,6 +106,30 @@ def default_decode_config(shape: DecodeShape, num_seqs: int, dtype: DTypeLike) -
         f"{shape.group_size} query heads share a KV head; mosaic_gpu takes at most {TILE_ROWS}: "
         "use implementation='xla'"
     )
+
+
+def _decode_options(shape: DecodeShape, num_seqs: int, dtype: DTypeLike) -> tuple[tuple[int, ...], dict[str, int]]:
+    """(DecodeConfig.heads, the best first; its other fields)."""
+    if is_fp8(dtype):
+        few = num_seqs <= _FEW_FP8_SEQUENCES
+        heads = (2, 4, 1) if few else (4, 2, 1) if num_seqs <= _SOME_FP8_SEQUENCES else (8, 4, 2, 1)
+        options = {
+            64: {"stages": 6, "streams": 2, "converted": 2} if few else {"stages": 5, "streams": 3, "staged": 32},
+            128: {"stages": 7, "converted": 2, "unroll": 32} if few else {"stages": 3, "streams": 2, "staged": 32},
+            256: {"stages": 5, "columns": 64},
+        }
+        return heads, options[shape.head_dim]
+    few = num_seqs <= _FEW_SEQUENCES
+    heads = (2, 4, 1) if few else (8, 4, 2, 1)
+    if shape.max_q_len > 1:
+        return heads, {64: {"stages": 5, "streams": 2}, 128: {"stages": 4, "staged": 128, "unroll": 2}}[shape.head_dim]
+    cut = {"unroll": 32, "min_tiles": 1} if num_seqs <= _LONE_SEQUENCES else {"unroll": 8}
+    options = {
+        64: {"stages": 5, "streams": 2, **cut} if few else {"stages": 3, "streams": 3},
+        128: {"stages": 5, "staged": 128, **cut} if few else {"stages": 2, "streams": 2},
+        256: {"stages": 5, "columns": 64},
+    }
+    return heads, options[shape.head_dim]
 
 
 def _decode_tokens(group: int, head_dim: int, dtype: DTypeLike, wanted: int) -> int:

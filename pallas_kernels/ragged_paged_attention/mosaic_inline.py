@@ -1,7 +1,4 @@
-"""What the prefill kernel needs below Pallas: named barriers, an order that ptxas keeps, masks that spare registers.
-
-The interpreter passes over those that return nothing; they change no result.
-"""
+"""What the prefill kernel needs below Pallas: masks and stores of its output that spare registers."""
 
 from __future__ import annotations
 
@@ -18,40 +15,9 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
 
 
-def _asm(text: str, constraints: str, *operands: Any) -> None:
-    llvm.inline_asm(ir.Type.parse("!llvm.void"), list(operands), text, constraints, has_side_effects=True)
-
-
 def _element(register: Any, index: int) -> Any:
     position = ir.DenseI64ArrayAttr.get([index])
     return vector.extract(register, dynamic_position=[], static_position=position)
-
-
-def turn(operation: str, barrier_id: int, num_threads: int = 256) -> None:
-    """ "sync" or "arrive" at a named barrier of two warpgroups."""
-
-    @plgpu.inline_mgpu()
-    def bar_op(ctx: Any) -> None:
-        del ctx
-        _asm(f"bar.{operation} {barrier_id}, {num_threads};", "")
-
-    bar_op()  # pyright: ignore[reportCallIssue]
-
-
-def pin(sums: jax.Array) -> None:
-    """Keeps ptxas from computing these f32 row sums, which are never negative, after the waits that follow.
-
-    The waits have no operands, so ptxas is free to put all arithmetic behind them. A branch ends that freedom.
-    """
-
-    @plgpu.inline_mgpu(arg_types=(_ROWS,))
-    def branch_if_negative(ctx: Any, sums: Any) -> None:
-        del ctx
-        first, second = (_element(register, 0) for register in sums.registers.flat)
-        tests = "setp.lt.f32 p, $0, 0f00000000; setp.lt.or.f32 q, $1, 0f00000000, p;"
-        _asm(f"{{ .reg .pred p, q; {tests} @q nanosleep.u32 1; }}", "f,f", first, second)
-
-    branch_if_negative(sums)  # pyright: ignore[reportCallIssue]
 
 
 def keep_columns(scores: jax.Array, start: jax.Array | None, stop: jax.Array, other: float) -> jax.Array:
@@ -128,6 +94,7 @@ def stage_rows(values: jax.Array, staged: Any, transforms: tuple[Any, ...]) -> N
             offset = arith.xori(swizzled, constant((part ^ tile) * 16))
             address = arith.addi(arith.addi(start, offset), constant(tile * 128))
             text = "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};"
-            _asm(text, "r,r,r,r,r", address, *words)
+            void = ir.Type.parse("!llvm.void")
+            llvm.inline_asm(void, [address, *words], text, "r,r,r,r,r", has_side_effects=True)
 
     store(values, staged)  # pyright: ignore[reportCallIssue]

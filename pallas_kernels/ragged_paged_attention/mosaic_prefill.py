@@ -94,9 +94,7 @@ def prefill_attention(
 
 def default_config(head_dim: int, cache_dtype: DTypeLike) -> Config:
     """The configuration for long chunks: the best of the sweep in pallas_kernels/README.md; at 256 what fits."""
-    config = Config(overlap=False, take_turns=False)
-    if head_dim == 256:
-        config = dataclasses.replace(config, tile_keys=64)
+    config = Config(tile_keys=64 if head_dim == 256 else 128)
     if is_fp8(cache_dtype):  # the producer converts, and the tiles as they arrive take shared memory
         options = {"stages": 1} if head_dim == 256 else {"registers": (216, 72)}
         config = dataclasses.replace(config, **options)
@@ -147,7 +145,7 @@ def _launch(config: Config, problem: Problem, dtype: jnp.dtype, cache_dtype: jnp
             unsafe_no_auto_barriers=not problem.interpret,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
-        interpret=_interpret_params() if problem.interpret else None,
+        interpret=interpret_params(problem.interpret),
         kernel_name="prefill_attention",
     )
 
@@ -167,8 +165,3 @@ def _kernel(config: Config, problem: Problem, tables, tiles, num_tiles, q, k, v,
     def _produce():
         plgpu.set_max_registers(registers[1], action="decrease")
         (produce if cta.fp8_smem is None else produce_fp8)(cta)
-
-
-def _interpret_params():
-    """The named barriers only make the compute warpgroups wait for each other; the interpreter passes over them."""
-    return dataclasses.replace(interpret_params(True), inline_mgpu="ignore")

@@ -31,8 +31,6 @@ class Config:
         tile_keys: Keys of a tile, 64 or a multiple.
         stages: Key tiles (and value tiles) in shared memory.
         registers: Registers per thread of a compute warpgroup and of the producer, multiples of 8.
-        overlap: Softmax while the products of the same warpgroup run; needs the registers of both.
-        take_turns: Warpgroups issue their products in turns.
         num_ctas: CTAs of the persistent grid.
     """
 
@@ -41,8 +39,6 @@ class Config:
     tile_keys: int = 128
     stages: int = 2
     registers: tuple[int, int] = (232, 40)
-    overlap: bool = True
-    take_turns: bool = True
     num_ctas: int = 132
 
     @property

@@ -1,8 +1,8 @@
 """A compute warpgroup of the prefill kernel: 64 rows of queries.
 
 The key tiles of an item are taken from the last to the first: the masked ones come first. The scores of a key tile and
-the product with the values of the tile before it are issued together, and the softmax of those scores runs while that
-product does; the warpgroups take turns in issuing (FlashAttention-3, Shah et al., arXiv 2407.08608).
+the product with the values of the tile before it are issued together (FlashAttention-3, Shah et al., arXiv 2407.08608);
+the softmax of those scores follows, while the tensor cores work for the other warpgroup.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from pallas_kernels.ragged_paged_attention.mosaic_prefill_common import LOG2E, W
 from pallas_kernels.ragged_paged_attention.mosaic_prefill_output import store_rows
 
 _MASKED = -(2.0**100)  # a power of two: its product with a factor is exact, so masked - masked is 0
-_FIRST_TURN_BARRIER = 8  # named barriers: the lower ones are Mosaic's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,21 +44,8 @@ class Warpgroup:
             store_rows(cta, self.index, cta.item(index) if cta.problem.head_dim > 128 else item, result)
             return used + item.steps
 
-        if cta.config.take_turns:  # the last warpgroup gives the first one its first turn
-            pl.when(self.index == cta.config.warpgroups - 1)(self.pass_turn)
         lax.fori_loop(0, cta.num_items(), one_item, jnp.int32(0))
-        if cta.config.take_turns:
-            pl.when(self.index == 0)(self.await_turn)
         plgpu.wait_smem_to_gmem(0)
-
-    def await_turn(self) -> None:
-        for owner in range(self.cta.config.warpgroups):
-            pl.when(self.index == owner)(lambda owner=owner: inline.turn("sync", _FIRST_TURN_BARRIER + owner))
-
-    def pass_turn(self) -> None:
-        for owner in range(self.cta.config.warpgroups):
-            after = (owner + 1) % self.cta.config.warpgroups
-            pl.when(self.index == owner)(lambda after=after: inline.turn("arrive", _FIRST_TURN_BARRIER + after))
 
     def attend(self, item: Item, used: Any) -> jax.Array:
         """f32[64, D], the output of this warpgroup's rows of an item; `used` key tiles came before it."""
@@ -121,8 +107,6 @@ class Warpgroup:
         accumulator, maximum, total, weights = carry
         slot, before = cta.slot(used + step), cta.slot(used + step - 1)
         plgpu.barrier_wait(cta.k_full(slot))
-        if cta.config.take_turns:
-            self.await_turn()
 
         def finish(scores: jax.Array) -> Any:
             self.release(item, used, step)
@@ -144,7 +128,7 @@ class Warpgroup:
         The registers of the weights must not change before the second product is complete. ptxas before CUDA 13.3 is
         known to get that wrong in places, which an exact test on the GPU would show.
         """
-        cta, overlap = self.cta, self.cta.config.overlap
+        cta = self.cta
         q, k, v = cta.q_smem.at[self.index], cta.k_smem.at[slot], cta.v_smem.at[before]
 
         def both(score_ref: Any, accumulator_ref: Any) -> Any:
@@ -152,15 +136,8 @@ class Warpgroup:
             plgpu.wgmma(score_ref, q, k.transpose((1, 0)))
             plgpu.barrier_wait(cta.v_full(before))
             plgpu.wgmma(accumulator_ref, weights, v)
-            if not overlap:
-                plgpu.wgmma_wait(0)
-            if cta.config.take_turns:
-                self.pass_turn()
-            done = finish(plgpu.wgmma_accumulator_load(score_ref, wait_n=1 if overlap else None))
-            if overlap:
-                done = lax.optimization_barrier(done)
-                inline.pin(done[2])
-            return plgpu.wgmma_accumulator_load(accumulator_ref, wait_n=0), done
+            done = finish(plgpu.wgmma_accumulator_load(score_ref))
+            return plgpu.wgmma_accumulator_load(accumulator_ref), done
 
         shapes = (WARPGROUP_ROWS, cta.config.tile_keys), (WARPGROUP_ROWS, cta.problem.head_dim)
         return pl.run_scoped(both, *(plgpu.WGMMAAccumulatorRef(shape, jnp.float32) for shape in shapes))
@@ -173,8 +150,6 @@ class Warpgroup:
         scores = jnp.dot(cta.q_smem[self.index], cta.k_smem[slot].T, preferred_element_type=jnp.float32)
         plgpu.barrier_wait(cta.v_full(before))
         accumulator = self.add_product(accumulator, weights, before)
-        if cta.config.take_turns:
-            self.pass_turn()
         return accumulator, finish(scores)
 
     def add_product(self, accumulator: jax.Array, weights: jax.Array, slot: Any) -> jax.Array:

@@ -7,13 +7,14 @@ layers; layers are alike, so what holds for two holds for thirty-two.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ from vjax.models.functional import build_model
 from vjax.models.registry import arch_config_from_hf
 from vjax.parallel.sharding import make_mesh
 from vjax.runner.buckets import Buckets, ForwardBucket
-from vjax.runner.executables import Executables, SampleBucket
+from vjax.runner.executables import Executables, Exported
+from vjax.runner.exported import StepDescription
+from vjax.runner.lowered import LoweredPrograms
+from vjax.runner.programs import SampleBucket, lower, make_program
 from vjax.runner.step import Step, StepGeometry
 from vjax.sample.sampler import Variant
 
@@ -114,8 +118,8 @@ class HasLoop(Step):
 class DoesNotDonate(Executables):
     """Compiles without giving away its arguments."""
 
-    def _lower(self, fn: Callable, donate: tuple[int, ...], *args: Any) -> Any:
-        return super()._lower(fn, (), *args)
+    def lower(self, key: Any, data: bytes | None = None) -> Any:
+        return lower(dataclasses.replace(make_program(self.step, key, self.mesh), donated=()), self.mesh)
 
 
 def executables(
@@ -141,16 +145,17 @@ def executables(
     return executables_type(step_type(model, geometry), buckets, mesh, "gpu")
 
 
-def inspect(of: Executables, key: Any, dump_folder: Path) -> dict[str, Any]:
+def inspect(of: Executables, key: Any, dump_folder: Path, exported: Exported | None = None) -> dict[str, Any]:
     """What there is to know of one compiled program: see the assertions in test_step_for_h200.py."""
     before = set(dump_folder.iterdir())
     started = time.perf_counter()
-    compiled = of.compile(key)
+    compiled = of.compile(key, exported)
     seconds = time.perf_counter() - started
     memory, kv, rows = compiled.memory_analysis(), of.step.kv_specs(), of.step.row_specs()
     return {
         "name": getattr(key, "name", key),
         "seconds": round(seconds, 1),
+        "instructions": _instructions(compiled.as_text()),
         "thunks": _outer_thunks(set(dump_folder.iterdir()) - before),
         "cache_copies": cache_copies(compiled.as_text(), [kv[0][0].shape]),
         "temporary_bytes": memory.temp_size_in_bytes,
@@ -158,6 +163,13 @@ def inspect(of: Executables, key: Any, dump_folder: Path) -> dict[str, Any]:
         "donated_bytes": _num_bytes((kv, rows) if isinstance(key, ForwardBucket) else rows),
         "cache_array_bytes": _num_bytes(kv[0][0]),
     }
+
+
+def _instructions(text: str) -> dict[str, int]:
+    """How many instructions of each kind an optimised module has. Without parameters: an exported program takes those,
+    too, that nothing reads."""
+    kinds = re.findall(r"^\s*(?:ROOT )?%?[\w.-]+ = .*?[\])}] ([a-z][a-z0-9-]*)\(", text, re.MULTILINE)
+    return {kind: number for kind, number in sorted(Counter(kinds).items()) if kind != "parameter"}
 
 
 def _outer_thunks(dumped: set[Path]) -> list[str]:
@@ -181,11 +193,16 @@ def main() -> None:
         DECODE,
         ForwardBucket(2048, 1024, False),
         SampleBucket(8, Variant.GREEDY),
-        SampleBucket(256, Variant.TRUNCATED),
-        SampleBucket(256, Variant.MASKED),
+        SampleBucket(256, Variant.FULL),
         "write_rows",
         "write_masked_ids",
     ]
+    elsewhere = executables(LLAMA_3_8B)
+    description = StepDescription.of(elsewhere.step, elsewhere.mesh, "cuda")
+    forward_and_sample = keys[1:5]
+    with LoweredPrograms(description, forward_and_sample, None) as lowered:
+        assert all(lowered.get(key) is not None for key in forward_and_sample)
+        lowered_elsewhere = [inspect(elsewhere, key, dump_folder, lowered.get) for key in forward_and_sample]
     one_layer = LLAMA_3_8B | {"num_hidden_layers": 1}
     fp8 = executables(LLAMA_3_8B | {"num_hidden_layers": 2}, kv_dtype="float8_e4m3fn")
     planted = {
@@ -196,6 +213,7 @@ def main() -> None:
     }
     report = {
         "llama_3_8b": [inspect(llama3, key, dump_folder) for key in keys],
+        "lowered_elsewhere": lowered_elsewhere,
         "fp8": [inspect(fp8, key, dump_folder) for key in (DECODE, ForwardBucket(2048, 1024, False))],
         "llama_2_7b": [inspect(llama2, DECODE, dump_folder)],
         "planted": {name: inspect(of, SMALL_DECODE, dump_folder) for name, of in planted.items()},

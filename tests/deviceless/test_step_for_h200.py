@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels.implementation import mosaic_unavailable_reason
 from tests.deviceless.compile_step import run
 
-STEP = ("decode[1]", "decode[256]", "mixed[2048]", "sample_greedy[8]", "sample_truncated[256]", "sample_masked[256]")
+STEP = ("decode[1]", "decode[256]", "mixed[2048]", "sample_greedy[8]", "sample_full[256]")
 UPDATES = ("write_rows", "write_masked_ids")
 
 
@@ -78,6 +78,16 @@ def test_row_updates_are_a_few_kernels(programs, name):
 def test_a_program_works_in_place(programs, name):
     assert works_in_place(programs[name]), programs[name]
     assert has_small_temporaries(programs[name]), programs[name]
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_what_a_worker_lowers_compiles_to_the_same(report, programs, index):
+    program = report["lowered_elsewhere"][index]
+    direct = programs[program["name"]]
+    assert works_in_place(program), program
+    same = ("instructions", "thunks", "aliased_bytes", "temporary_bytes")
+    assert {name: program[name] for name in same} == {name: direct[name] for name in same}
+    assert sum(direct["instructions"].values()) > 20
 
 
 def test_temporaries_of_a_decode_step_are_its_activations(programs):

@@ -83,7 +83,9 @@ def test_buckets_cover_every_step(platform, budget, seqs):
         for num_tokens in {num_seqs, num_seqs + 1, (num_seqs + budget) // 2, budget}:
             if num_tokens > budget:
                 continue
-            fits = buckets.forward_candidates(num_tokens, num_seqs)
-            assert fits and all(b.num_tokens >= num_tokens and b.num_seqs >= num_seqs for b in fits)
-            assert fits[0].decode_only == (num_tokens == num_seqs)
+            bucket = buckets.forward_bucket(num_tokens, num_seqs)
+            assert bucket.num_tokens >= num_tokens and bucket.num_seqs >= num_seqs
+            assert bucket.decode_only == (num_tokens == num_seqs)
+            family = buckets.decode if bucket.decode_only else buckets.mixed
+            assert not any(num_tokens <= b.num_tokens < bucket.num_tokens for b in family)
         assert buckets.sample[-1] >= num_seqs

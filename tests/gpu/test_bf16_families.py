@@ -126,8 +126,7 @@ def step_logits(config: dict[str, Any], dtype: Any, implementation: str) -> np.n
         kv_dtype=jnp.dtype(dtype).name,
         implementation=implementation,
     )
-    # XLA's attention is the same in both families, and one program compiles faster than two.
-    buckets = Buckets(decode=() if implementation == XLA else (DECODE,), mixed=(MIXED,), sample=(len(LENGTHS),))
+    buckets = Buckets(decode=(DECODE,), mixed=(MIXED,), sample=(len(LENGTHS),))
     executables = Executables(Step(model, geometry), buckets, mesh, "gpu" if on_gpu() else "cpu")
     executables.compile_all([*buckets.mixed, *buckets.decode])
     runner = ModelRunner(random_leaves(model), executables)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,9 @@ import numpy as np
 import pytest
 from jax.typing import DTypeLike
 
+import pallas_kernels
 from pallas_kernels.implementation import MOSAIC_GPU, MOSAIC_GPU_INTERPRET, XLA, mosaic_unavailable_reason
+from pallas_kernels.ragged_paged_attention.plan_decode import DecodeConfig, DecodePlan, DecodeShape, plan_decode
 
 needs_mosaic = pytest.mark.skipif(mosaic_unavailable_reason() is not None, reason=str(mosaic_unavailable_reason()))
 on_gpu = [pytest.mark.gpu, needs_mosaic]
@@ -21,6 +25,10 @@ IMPLEMENTATIONS = [
     pytest.param(MOSAIC_GPU_INTERPRET, id="interpreter", marks=needs_mosaic),
     pytest.param(MOSAIC_GPU, id="mosaic_gpu", marks=on_gpu),
 ]
+INTERPRET = [pytest.param(True, id="interpreter", marks=needs_mosaic), pytest.param(False, id="gpu", marks=on_gpu)]
+
+# Relative error (Frobenius) that rounding of the weights and the output to the dtype explains.
+TOLERANCE = {"float32": 2e-6, "float16": 1.5e-3, "bfloat16": 6e-3}
 
 
 def assert_no_races() -> None:
@@ -29,6 +37,14 @@ def assert_no_races() -> None:
 
     races = interpret_pallas_call.get_races()
     assert races is None or not races.races_found
+
+
+def assert_tokens_close(got: np.ndarray, wanted: np.ndarray, dtype: str = "bfloat16") -> None:
+    """[T, H, D] arrays agree in every token, as far as `dtype` allows."""
+    assert np.isfinite(got).all()
+    for token in range(len(got)):
+        error = np.linalg.norm(got[token] - wanted[token]) / max(np.linalg.norm(wanted[token]), 1e-30)
+        assert error < TOLERANCE[dtype], f"token {token}: relative error {error}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,3 +118,53 @@ def ragged_batch(
         cu_q_lens=np.concatenate([[0], np.cumsum(lens)]).astype(np.int32),
         kv_lens=np.concatenate([kv_lens, np.zeros(padding_seqs)]).astype(np.int32),
     )
+
+
+def batch_of_heads(
+    seed: int, q_lens: Sequence[int], kv_lens: Sequence[int], heads: Sequence[int], block_size: int, **options: Any
+) -> RaggedBatch:
+    """ragged_batch of (query heads, KV heads, head dim), in bfloat16 unless `options` say otherwise."""
+    num_q_heads, num_kv_heads, head_dim = heads
+    options = {
+        "num_q_heads": num_q_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "block_size": block_size,
+        "dtype": "bfloat16",
+        **options,
+    }
+    return ragged_batch(seed, q_lens, kv_lens, **options)
+
+
+def step_plan(batch: RaggedBatch, implementation: str, **options: Any) -> pallas_kernels.AttentionPlan:
+    """plan_attention's plan of the batch."""
+    num_tokens, num_q_heads, head_dim = batch.q.shape
+    return pallas_kernels.plan_attention(
+        *batch.metadata,
+        num_tokens=num_tokens,
+        num_q_heads=num_q_heads,
+        num_kv_heads=batch.k_cache.shape[1],
+        head_dim=head_dim,
+        block_size=batch.k_cache.shape[2],
+        dtype=batch.k_cache.dtype,
+        implementation=implementation,
+        **options,
+    )
+
+
+def decode_plan(
+    batch: RaggedBatch, *, max_q_len: int = 1, sliding_window: int | None = None, **config: int
+) -> DecodePlan:
+    """The decode kernel's plan of the batch with a DecodeConfig of these fields."""
+    num_tokens, num_q_heads, head_dim = batch.q.shape
+    shape = DecodeShape(
+        num_tokens=num_tokens,
+        num_q_heads=num_q_heads,
+        num_kv_heads=batch.k_cache.shape[1],
+        head_dim=head_dim,
+        block_size=batch.k_cache.shape[2],
+        max_q_len=max_q_len,
+        sliding_window=sliding_window,
+    )
+    make = functools.partial(plan_decode, shape=shape, config=DecodeConfig(**config))
+    return jax.jit(make)(*map(jnp.asarray, batch.metadata))

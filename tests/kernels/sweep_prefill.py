@@ -38,27 +38,16 @@ ITERATIONS = 15
 
 CONFIGS = {
     "base": Config(),
-    "no_turns": Config(take_turns=False),
-    "no_overlap": Config(overlap=False),
-    "no_overlap_no_turns": Config(overlap=False, take_turns=False),
     "not_persistent": Config(num_ctas=2048),
     "two_heads": Config(tile_tokens=64),
     "two_heads_not_persistent": Config(tile_tokens=64, num_ctas=2048),
     "keys64": Config(tile_keys=64, stages=4),
     "two_heads_keys64": Config(tile_tokens=64, tile_keys=64, stages=4),
-    "two_heads_keys64_no_turns": Config(tile_tokens=64, tile_keys=64, stages=4, take_turns=False),
     "wg3_keys64": Config(warpgroups=3, tile_tokens=192, tile_keys=64, stages=3, registers=(160, 32)),
     "four_heads": Config(tile_tokens=32),
 }
-FP8_CONFIGS = {
-    "fp8": default_config(HEAD_DIM, jnp.float8_e4m3fn),
-    "fp8_registers": Config(overlap=False, take_turns=False, registers=(208, 88)),
-    "fp8_turns": Config(overlap=False, registers=(216, 72)),
-    "fp8_keys64": Config(tile_keys=64, stages=4, overlap=False, take_turns=False, registers=(216, 72)),
-    "fp8_two_heads": Config(tile_tokens=64, overlap=False, take_turns=False, registers=(216, 72)),
-}
 if FP8:
-    CONFIGS = FP8_CONFIGS
+    CONFIGS = {"fp8": default_config(HEAD_DIM, CACHE_DTYPE)}
 CASES = {
     "1 x 8192": ([8192], [8192]),
     "4 x 2048": ([2048] * 4, [2048] * 4),

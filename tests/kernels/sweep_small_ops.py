@@ -1,7 +1,8 @@
-"""Checks and times variants of the KV write, rope with the write, and sampling truncation on a Hopper GPU.
+"""Checks and times variants of the KV write, rope with the write, residual addition with norm, and sampling truncation
+on a Hopper GPU.
 
-`python tests/kernels/sweep_small_ops.py [kv] [rope] [truncation]`; without names all of them. Most of the time is
-compilation: where the run is limited, take truncation, and kv with rope, apart.
+`python tests/kernels/sweep_small_ops.py [kv] [rope] [norm] [truncation]`; without names all of them. Most of the time
+is compilation: where the run is limited, take truncation, norm, and kv with rope, apart.
 Chain: time of one of many dependent calls in one executable. Device: the kernels' own time, by CUPTI.
 """
 
@@ -21,6 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.add_rms_norm import mosaic_gpu as norm_mosaic
+from pallas_kernels.add_rms_norm import reference as norm_reference
+from pallas_kernels.add_rms_norm import xla as norm_xla
 from pallas_kernels.bench import timing
 from pallas_kernels.kv_write import mosaic_registers as kv_registers
 from pallas_kernels.kv_write import reference as kv_reference
@@ -144,6 +148,35 @@ def rope(num_tokens: int, heads: int, kv_heads: int, head_dim: int, packed: bool
     )
 
 
+def norm(num_tokens: int, size: int) -> None:
+    """The stream and what is added to it, layer after layer; the sum is exact, so it is compared for equality."""
+    default = norm_mosaic.default_config(num_tokens, size)
+    variants = {"xla": functools.partial(norm_xla.add_rms_norm, eps=1e-5)}
+    for config in norm_mosaic.configs(size):
+        name = f"{config.warpgroups} wg, {config.tokens} tokens{' (default)' * (config == default)}"
+        variants[name] = functools.partial(norm_mosaic.add_rms_norm, eps=1e-5, interpret=False, config=config)
+    x, delta, weight = normal(num_tokens, size), normal(num_tokens, size, seed=1), normal(size, seed=2)
+    want = [np.asarray(a) for a in norm_reference.add_rms_norm(*map(np.asarray, (x, delta, weight)), eps=1e-5)]
+    inputs = [
+        (normal(num_tokens, size, seed=i), normal(num_tokens, size, seed=i + 1), weight)
+        for i in range(timing.rotations(4 * num_tokens * size))
+    ]
+    for name, function in variants.items():
+        guarded(norm_variant, f"[{num_tokens}, {size}] {name}", jax.jit(function), (x, delta, weight), want, inputs)
+
+
+def norm_variant(name: str, function, arguments: tuple, want: list, inputs: list) -> None:
+    got = [np.asarray(a) for a in function(*arguments)]
+    error = np.max(np.abs(got[1].astype(np.float32) - want[1].astype(np.float32)))
+    x, delta, weight = arguments
+    chain = timing.chain_seconds(lambda state, w: function(*state, w), (x + 0, delta + 0), (weight,), short=10, long=50)
+    seconds = timing.device_seconds(function, inputs, iterations=20)
+    say(
+        f"add_rms_norm {name}: {'ok' if np.array_equal(got[0], want[0]) else 'WRONG SUM'}, max error {error:.4f}, "
+        f"chain {chain * 1e6:.2f} us, device {seconds * 1e6:.2f} us ({8 * x.size / seconds / 1e12:.2f} TB/s)"
+    )
+
+
 Config = truncation_mosaic.Config
 CONFIGS = {
     "2x2wg6": Config(2, 2, 6, 32, 88),
@@ -240,7 +273,7 @@ def truncation_correct(rows: int, vocab: int, variants: dict) -> None:
 
 
 def main(wanted: list[str]) -> None:
-    wanted = wanted or ["kv", "rope", "truncation"]
+    wanted = wanted or ["kv", "rope", "norm", "truncation"]
     ceilings = timing.measure_ceilings()
     say(f"{jax.devices()[0].device_kind} jax {jax.__version__} {ceilings}")
     if "truncation" in wanted:
@@ -270,6 +303,12 @@ def main(wanted: list[str]) -> None:
         guarded(rope, 64, 16, 8, 256, True, False)
         guarded(rope, 64, 28, 4, 128, True, False)
         guarded(rope, 64, 8, 1, 128, True, False)
+    if "norm" in wanted:
+        for num_tokens in (1, 8, 64, 256, 8192):
+            guarded(norm, num_tokens, 4096)
+        for size in (2048, 5120, 8192):
+            for num_tokens in (1, 256, 8192):
+                guarded(norm, num_tokens, size)
     say("done")
 
 

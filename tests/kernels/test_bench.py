@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,13 +22,12 @@ from tests.kernels.cases import needs_mosaic
 class Config:
     tile: int = 1
     registers: tuple[int, int] = (232, 40)
-    overlap: bool = True
 
 
 EXACT = {"head_dim": 128, "dtype": "bfloat16"}
 
 
-def find(folder, sizes, exact=EXACT, kind="NVIDIA H200"):
+def find(folder, sizes, exact=EXACT, kind: str | None = "NVIDIA H200"):
     return tuning.lookup("op", Config, exact, sizes, lambda: Config(tile=99), kind=kind, folder=folder)
 
 
@@ -97,6 +97,7 @@ def test_relative_error():
     [
         ("write_kv", "8x128, 67"),
         ("rope_write_kv", "qwen3_8b norms"),
+        ("add_rms_norm", "2048, 67"),
         ("truncate_logits", "x 1000"),
         ("decode", "8/1x128, block 16"),
     ],
@@ -141,7 +142,7 @@ def test_timing_without_a_gpu(monkeypatch):
 
 
 def test_tune_stores_the_fastest_that_runs(monkeypatch, tmp_path):
-    def timed(config: Config) -> cases.Timed:
+    def timed(config: Config) -> list[cases.Timed]:
         def multiply(x):
             if config.tile == 3:
                 raise ValueError("does not fit")
@@ -149,7 +150,10 @@ def test_tune_stores_the_fastest_that_runs(monkeypatch, tmp_path):
                 x = jnp.tanh(x @ x)
             return x
 
-        return cases.Timed("tiny", {"config": multiply}, lambda seed: (jnp.ones((256, 256)),), read_bytes=1 << 18)
+        return [
+            cases.Timed("tiny", {"config": multiply}, lambda seed, n=n: (jnp.ones((n, n)),), read_bytes=1 << 18)
+            for n in (256, 128)
+        ]
 
     case = cases.Tuned("op", EXACT, {"tokens": 64}, [Config(2), Config(1), Config(3), Config(2)], timed)
     monkeypatch.setattr(tuning, "device_kind", lambda: "Any GPU")
@@ -168,3 +172,11 @@ def test_rope_check_sees_a_wrong_rotation(monkeypatch):
 
     monkeypatch.setattr(reference, "rope_write_kv", wrong)
     assert command_line.main(["check", "rope_write_kv", "--case", "llama3_1b, 1 ", "--implementation", "xla"]) == 1
+
+
+def test_the_kind_is_that_of_the_device_that_is_lowered_for():
+    assert tuning.device_kind() is None
+    axis = (jax.sharding.AxisType.Auto,)
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), axis, abstract_device=device)):
+        assert tuning.device_kind() == "NVIDIA H200"

@@ -24,27 +24,16 @@ from pallas_kernels.ragged_paged_attention.plan_decode import (
     tiling,
 )
 from pallas_kernels.ragged_paged_attention.shapes import MODELS
-from tests.kernels.cases import RaggedBatch, assert_no_races, needs_mosaic, on_gpu, ragged_batch
-
-TOLERANCE = {"float16": 1.5e-3, "bfloat16": 6e-3}
-INTERPRET = [pytest.param(True, id="interpreter", marks=needs_mosaic), pytest.param(False, id="gpu", marks=on_gpu)]
-
-
-def make_plan(
-    batch: RaggedBatch, *, max_q_len: int = 1, sliding_window: int | None = None, **config: int
-) -> DecodePlan:
-    num_tokens, num_q_heads, head_dim = batch.q.shape
-    shape = DecodeShape(
-        num_tokens=num_tokens,
-        num_q_heads=num_q_heads,
-        num_kv_heads=batch.k_cache.shape[1],
-        head_dim=head_dim,
-        block_size=batch.k_cache.shape[2],
-        max_q_len=max_q_len,
-        sliding_window=sliding_window,
-    )
-    make = functools.partial(plan_decode, shape=shape, config=DecodeConfig(**config))
-    return jax.jit(make)(*map(jnp.asarray, batch.metadata))
+from tests.kernels.cases import (
+    INTERPRET,
+    RaggedBatch,
+    assert_no_races,
+    assert_tokens_close,
+    batch_of_heads,
+    decode_plan,
+    needs_mosaic,
+    on_gpu,
+)
 
 
 def run(batch: RaggedBatch, plan: DecodePlan, *, interpret: bool = True, **options: Any) -> np.ndarray:
@@ -59,37 +48,14 @@ def run(batch: RaggedBatch, plan: DecodePlan, *, interpret: bool = True, **optio
     return got
 
 
-def compare(got: np.ndarray, wanted: np.ndarray, dtype: str = "bfloat16") -> None:
-    assert np.isfinite(got).all()
-    for token in range(len(got)):
-        error = np.linalg.norm(got[token] - wanted[token]) / max(np.linalg.norm(wanted[token]), 1e-30)
-        assert error < TOLERANCE[dtype], f"token {token}: relative error {error}"
-
-
 def check(batch: RaggedBatch, plan: DecodePlan, *, interpret: bool = True, **options: Any) -> None:
     got = run(batch, plan, interpret=interpret, **options)
     options = {"scale": batch.q.shape[-1] ** -0.5, **options}
     inputs = (batch.q, batch.k_cache, batch.v_cache, *batch.metadata)
     window = plan.shape.sliding_window
     wanted = np.asarray(reference.ragged_paged_attention(*inputs, sliding_window=window, **options))
-    compare(got, wanted, batch.q.dtype.name)
+    assert_tokens_close(got, wanted, batch.q.dtype.name)
     assert not got[batch.num_real_tokens :].any()
-
-
-def make_batch(
-    seed: int, q_lens: list[int], kv_lens: list[int], heads: tuple[int, ...], block_size: int, **options: Any
-) -> RaggedBatch:
-    num_q_heads, num_kv_heads, head_dim = heads
-    return ragged_batch(
-        seed,
-        q_lens,
-        kv_lens,
-        num_q_heads=num_q_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        block_size=block_size,
-        **{"dtype": "bfloat16", **options},
-    )
 
 
 # (query heads, KV heads, head dim), block size, config
@@ -110,31 +76,31 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_decode(name: str, interpret: bool):
     heads, block_size, config = SHAPES[name]
-    batch = make_batch(1, [1, 1, 1], [200, 1, 64], heads, block_size, padding_seqs=2, padding_tokens=2)
-    check(batch, make_plan(batch, **config), interpret=interpret)
+    batch = batch_of_heads(1, [1, 1, 1], [200, 1, 64], heads, block_size, padding_seqs=2, padding_tokens=2)
+    check(batch, decode_plan(batch, **config), interpret=interpret)
 
 
 @pytest.mark.parametrize("interpret", INTERPRET)
 @pytest.mark.parametrize("sliding_window", [None, 5, 70])
 def test_several_tokens(sliding_window: int | None, interpret: bool):
-    batch = make_batch(2, [1, 5, 3, 2], [40, 139, 3, 200], (8, 2, 64), 16, padding_seqs=1, padding_tokens=3)
+    batch = batch_of_heads(2, [1, 5, 3, 2], [40, 139, 3, 200], (8, 2, 64), 16, padding_seqs=1, padding_tokens=3)
     config = {"heads": 2, "columns": 64, "stages": 3, "ctas": 3}
-    check(batch, make_plan(batch, max_q_len=5, sliding_window=sliding_window, **config), interpret=interpret)
+    check(batch, decode_plan(batch, max_q_len=5, sliding_window=sliding_window, **config), interpret=interpret)
 
 
 @pytest.mark.parametrize("interpret", INTERPRET)
 @pytest.mark.parametrize(("sliding_window", "soft_cap"), [(1, None), (70, 2.0), (None, 2.0)])
 def test_options(sliding_window: int | None, soft_cap: float | None, interpret: bool):
-    batch = make_batch(3, [1, 1], [150, 40], (8, 2, 64), 16, dtype="float16")
-    plan = make_plan(batch, sliding_window=sliding_window, heads=2, columns=64, ctas=3, min_tiles=1)
+    batch = batch_of_heads(3, [1, 1], [150, 40], (8, 2, 64), 16, dtype="float16")
+    plan = decode_plan(batch, sliding_window=sliding_window, heads=2, columns=64, ctas=3, min_tiles=1)
     check(batch, plan, interpret=interpret, soft_cap=soft_cap, scale=0.5)
 
 
 @pytest.mark.parametrize("interpret", INTERPRET)
 def test_sinks(interpret: bool):
     """A sink adds its weight to the sum: the output shrinks by the share that the keys keep."""
-    batch = make_batch(4, [1, 1], [150, 20], (8, 2, 64), 16, poison=False)
-    plan = make_plan(batch, heads=2, columns=64, stages=3, ctas=2)
+    batch = batch_of_heads(4, [1, 1], [150, 20], (8, 2, 64), 16, poison=False)
+    plan = decode_plan(batch, heads=2, columns=64, stages=3, ctas=2)
     sinks = np.linspace(-2, 8, 8, dtype=np.float32)
     got = run(batch, plan, interpret=interpret, sinks=jnp.asarray(sinks))
     wanted = np.array(
@@ -146,30 +112,30 @@ def test_sinks(interpret: bool):
         logits = np.einsum("hd,hkd->hk", np.asarray(batch.q, np.float32)[token], keys.repeat(4, axis=0)) * 0.125
         weight = np.exp(logits).sum(-1)
         wanted[token] *= (weight / (weight + np.exp(sinks)))[:, None]
-    compare(got, wanted)
+    assert_tokens_close(got, wanted)
 
 
 @needs_mosaic
 def test_longer_sequences_are_left_out():
     """A sequence with more tokens is another kernel's, as are the padding tokens."""
-    batch = make_batch(5, [1, 9, 2], [100, 30, 50], (8, 2, 64), 16, padding_seqs=1, padding_tokens=2)
-    plan = make_plan(batch, max_q_len=2, heads=2, columns=64, stages=3, ctas=3)
+    batch = batch_of_heads(5, [1, 9, 2], [100, 30, 50], (8, 2, 64), 16, padding_seqs=1, padding_tokens=2)
+    plan = decode_plan(batch, max_q_len=2, heads=2, columns=64, stages=3, ctas=3)
     got = run(batch, plan, zero_padding=False)
     wanted = np.array(
         reference.ragged_paged_attention(batch.q, batch.k_cache, batch.v_cache, *batch.metadata, scale=0.125)
     )
     ours = [0, 10, 11]
-    compare(got[ours], wanted[ours])
+    assert_tokens_close(got[ours], wanted[ours])
 
 
 @pytest.mark.parametrize("interpret", INTERPRET)
 @pytest.mark.parametrize("lengths", [[], [5]])
 def test_little_or_no_work(lengths: list[int], interpret: bool):
-    batch = make_batch(6, [1] * max(len(lengths), 1), lengths or [5], (8, 2, 64), 16)
+    batch = batch_of_heads(6, [1] * max(len(lengths), 1), lengths or [5], (8, 2, 64), 16)
     if not lengths:
         zeros = {name: np.zeros_like(getattr(batch, name)) for name in ("table_rows", "cu_q_lens", "kv_lens")}
         batch = dataclasses.replace(batch, **zeros)
-    check(batch, make_plan(batch, heads=2, columns=64, stages=3, ctas=3), interpret=interpret)
+    check(batch, decode_plan(batch, heads=2, columns=64, stages=3, ctas=3), interpret=interpret)
 
 
 @pytest.mark.parametrize("interpret", INTERPRET)
@@ -177,7 +143,7 @@ def test_little_or_no_work(lengths: list[int], interpret: bool):
 def test_exact_weights_and_values(columns: int, interpret: bool):
     """Integer scores (base 2) and values: sums are exact, so that a wrong operand of P.V shows."""
     keys, heads, head_dim = 300, 8, 128
-    batch = make_batch(7, [1], [keys], (heads, 2, head_dim), 16)
+    batch = batch_of_heads(7, [1], [keys], (heads, 2, head_dim), 16)
     rng = np.random.default_rng(7)
     exponent, values = rng.integers(0, 7, (heads, keys)), rng.integers(-8, 9, (2, keys, head_dim))
     k_cache, v_cache = np.zeros(batch.k_cache.shape, np.float32), np.zeros(batch.v_cache.shape, np.float32)
@@ -193,7 +159,7 @@ def test_exact_weights_and_values(columns: int, interpret: bool):
     weights = 2.0**-exponent
     wanted = np.einsum("hk,hkd->hd", weights, values.repeat(4, axis=0)) / weights.sum(-1, keepdims=True)
     for ctas in (1, 3):
-        plan = make_plan(batch, heads=2, columns=columns, stages=4, ctas=ctas)
+        plan = decode_plan(batch, heads=2, columns=columns, stages=4, ctas=ctas)
         got = run(batch, plan, interpret=interpret, scale=math.log(2))[0]
         np.testing.assert_allclose(got, wanted, rtol=2.0**-8, atol=1e-6)
 
@@ -263,8 +229,8 @@ GPU_CASES = {
 @pytest.mark.parametrize("window", [None, 1000])
 def test_real_sizes(name: str, window: int | None):
     model, block_size, kv_lens, config = GPU_CASES[name]
-    batch = make_batch(8, [1] * len(kv_lens), kv_lens, MODELS[model], block_size, padding_seqs=1, padding_tokens=1)
-    plan = make_plan(batch, sliding_window=window, **config)
+    batch = batch_of_heads(8, [1] * len(kv_lens), kv_lens, MODELS[model], block_size, padding_seqs=1, padding_tokens=1)
+    plan = decode_plan(batch, sliding_window=window, **config)
     check(batch, plan, interpret=False, soft_cap=None if window is None else 30.0)
     first = run(batch, plan, interpret=False)
     for _ in range(20):

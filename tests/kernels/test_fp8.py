@@ -15,36 +15,20 @@ import pallas_kernels
 from pallas_kernels.implementation import XLA
 from pallas_kernels.kv_scales import FP8, scaled_heads
 from pallas_kernels.ragged_paged_attention import reference
-from tests.kernels.cases import IMPLEMENTATIONS, RaggedBatch, assert_no_races, needs_mosaic, on_gpu, ragged_batch
-from tests.kernels.test_decode import make_plan
+from tests.kernels.cases import (
+    IMPLEMENTATIONS,
+    INTERPRET,
+    assert_tokens_close,
+    batch_of_heads,
+    decode_plan,
+    needs_mosaic,
+    on_gpu,
+    step_plan,
+)
+from tests.kernels.test_decode import check as check_decode
+from tests.kernels.test_prefill import check as check_prefill
 
-INTERPRET = [pytest.param(True, id="interpreter", marks=needs_mosaic), pytest.param(False, id="gpu", marks=on_gpu)]
-TOLERANCE = 6e-3
-
-
-def make_batch(
-    seed: int, q_lens: list[int], kv_lens: list[int], heads: tuple[int, ...], block_size: int, **options: Any
-) -> RaggedBatch:
-    num_q_heads, num_kv_heads, head_dim = heads
-    return ragged_batch(
-        seed,
-        q_lens,
-        kv_lens,
-        num_q_heads=num_q_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        block_size=block_size,
-        cache_dtype=FP8,
-        **{"dtype": "bfloat16", **options},
-    )
-
-
-def compare(got: jax.Array, wanted: jax.Array, tokens: int) -> None:
-    got, wanted = np.asarray(got, np.float32), np.asarray(wanted, np.float32)
-    assert np.isfinite(got).all()
-    for token in range(tokens):
-        error = np.linalg.norm(got[token] - wanted[token]) / max(np.linalg.norm(wanted[token]), 1e-30)
-        assert error < TOLERANCE, f"token {token}: relative error {error}"
+make_batch = functools.partial(batch_of_heads, cache_dtype=FP8)
 
 
 def powers_of_two(num_kv_heads: int, first: int) -> jax.Array:
@@ -91,28 +75,14 @@ DECODE = {
 def test_decode_kernel(name: str, interpret: bool):
     heads, block_size, config = DECODE[name]
     batch = make_batch(1, [1, 1, 1], [200, 1, 64], heads, block_size, padding_seqs=1, padding_tokens=1, dtype="float16")
-    check_decode(batch, interpret, **config)
+    check_decode(batch, decode_plan(batch, **config), interpret=interpret)
 
 
 @pytest.mark.parametrize("interpret", INTERPRET)
 def test_decode_kernel_window_and_tokens(interpret: bool):
     batch = make_batch(2, [1, 3], [150, 170], (8, 2, 64), 16, dtype="float16")
     config = {"heads": 2, "columns": 64, "stages": 2, "ctas": 3, "converted": 2}
-    check_decode(batch, interpret, max_q_len=3, sliding_window=70, **config)
-
-
-def check_decode(batch: RaggedBatch, interpret: bool, **config: Any) -> None:
-    from pallas_kernels.ragged_paged_attention.mosaic_decode import decode_attention
-
-    plan = make_plan(batch, **config)
-    attend = functools.partial(decode_attention, scale=0.125, interpret=interpret)
-    got = (attend if interpret else jax.jit(attend))(batch.q, batch.k_cache, batch.v_cache, plan)
-    window = plan.shape.sliding_window
-    arrays = (batch.q, batch.k_cache, batch.v_cache, *batch.metadata)
-    wanted = reference.ragged_paged_attention(*arrays, scale=0.125, sliding_window=window)
-    compare(got, wanted, batch.num_real_tokens)
-    if interpret:
-        assert_no_races()
+    check_decode(batch, decode_plan(batch, max_q_len=3, sliding_window=70, **config), interpret=interpret)
 
 
 PREFILL = {
@@ -125,12 +95,11 @@ PREFILL = {
 @pytest.mark.parametrize("name", PREFILL)
 def test_prefill_kernel(name: str, interpret: bool):
     from pallas_kernels.ragged_paged_attention.mosaic_prefill import default_config
-    from tests.kernels.test_prefill import check
 
     q_lens, kv_lens, heads, block_size, options = PREFILL[name]
     batch = make_batch(3, q_lens, kv_lens, heads, block_size, padding_seqs=1, padding_tokens=3, dtype="float16")
     config = dataclasses.replace(default_config(heads[2], FP8), num_ctas=3)
-    check(batch, config, interpret, **options)
+    check_prefill(batch, config, interpret, **options)
 
 
 @pytest.mark.parametrize("implementation", [pytest.param("xla", id="xla"), pytest.param("mosaic_gpu", marks=on_gpu)])
@@ -138,22 +107,13 @@ def test_prefill_kernel(name: str, interpret: bool):
 def test_attention_with_scales(implementation: str, decode_only: bool):
     q_lens, kv_lens = ([1] * 3, [200, 1, 64]) if decode_only else ([1, 150, 20], [100, 200, 20])
     batch = make_batch(4, q_lens, kv_lens, (8, 2, 128), 16)
-    scales = {"k_scale": powers_of_two(2, -2), "v_scale": powers_of_two(2, 1)}
-    plan = pallas_kernels.plan_attention(
-        *batch.metadata,
-        num_tokens=batch.q.shape[0],
-        num_q_heads=8,
-        num_kv_heads=2,
-        head_dim=128,
-        block_size=16,
-        dtype=FP8,
-        decode_only=decode_only,
-        implementation=implementation,
-    )
+    scales: dict[str, Any] = {"k_scale": powers_of_two(2, -2), "v_scale": powers_of_two(2, 1)}
+    plan = step_plan(batch, implementation, decode_only=decode_only)
     got = pallas_kernels.ragged_paged_attention(batch.q, batch.k_cache, batch.v_cache, plan, scale=0.1, **scales)
     assert got.dtype == jnp.bfloat16
     arrays = (batch.q, batch.k_cache, batch.v_cache, *batch.metadata)
-    compare(got, reference.ragged_paged_attention(*arrays, scale=0.1, **scales), batch.num_real_tokens)
+    wanted = reference.ragged_paged_attention(*arrays, scale=0.1, **scales)
+    assert_tokens_close(np.asarray(got, np.float32), np.asarray(wanted))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -159,6 +159,7 @@ def test_attention(name: str):
 
 FP8_ATTENTION = [
     ("llama3_8b", 16, 256, 256),
+    ("llama3_8b", 16, 8, 8),
     ("llama3_8b", 16, 1, 1),
     ("llama3_8b", 16, 2048, 64),
     ("qwen2_7b", 32, 2048, 8),

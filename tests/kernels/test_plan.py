@@ -105,17 +105,26 @@ def test_decode_config_of_every_shape():
     from pallas_kernels.ragged_paged_attention.plan_decode import TILE_ROWS, DecodeShape, tiling
 
     sizes = itertools.product(
-        (1, 2, 3, 4, 7, 8, 16, 64), (1, 2, 3, 8), (64, 128, 256), (16, 32, 64, 128), (1, 5), (1, 64)
+        (1, 2, 3, 4, 7, 8, 16, 64), (1, 2, 3, 8), (64, 128, 256), (16, 32, 64, 128), (1, 5), (1, 8, 64), (False, True)
     )
-    for group, kv_heads, head_dim, block_size, max_q_len, num_seqs in sizes:
-        if max_q_len > 1 and (head_dim == 256 or group > 8):
+    for group, kv_heads, head_dim, block_size, max_q_len, num_seqs, fp8 in sizes:
+        if max_q_len > 1 and (head_dim == 256 or group > 8 or fp8):
             continue
         shape = DecodeShape(num_seqs, group * kv_heads, kv_heads, head_dim, block_size, max_q_len)
-        config = default_decode_config(shape, num_seqs, "bfloat16")
+        config = default_decode_config(shape, num_seqs, "float8_e4m3fn" if fp8 else "bfloat16")
         tiling(config, shape)
-        ring = config.stages * config.columns * head_dim * 2
+        ring = config.columns * head_dim * (config.stages + 2 * config.converted if fp8 else 2 * config.stages)
         used = config.streams * (ring + TILE_ROWS * (head_dim * 2 + min(config.staged, head_dim) * 4) + 1024)
         assert used <= 227 * 1024, (shape, config)
+
+
+@needs_mosaic
+def test_decode_config_of_an_fp8_cache_goes_by_the_sequences():
+    from pallas_kernels.ragged_paged_attention.hopper import default_decode_config
+    from pallas_kernels.ragged_paged_attention.plan_decode import DecodeShape
+
+    chosen = [default_decode_config(DecodeShape(n, 32, 8, 128, 16), n, "float8_e4m3fn") for n in (4, 5, 16, 17)]
+    assert [(config.heads, config.streams) for config in chosen] == [(2, 1), (4, 2), (4, 2), (8, 2)]
 
 
 def test_wrong_arguments():

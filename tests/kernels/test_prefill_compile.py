@@ -31,8 +31,7 @@ THREE = {"warpgroups": 3, "tile_tokens": 192, "tile_keys": 64, "stages": 3, "reg
 PREFILLS = {
     "llama3": [
         ("llama3_8b", 16, 8192, 1, {}, {}),
-        ("llama3_8b", 16, 2048, 64, {"take_turns": False}, {}),
-        ("llama3_8b", 16, 2048, 64, {"overlap": False}, {}),
+        ("llama3_8b", 16, 2048, 64, {}, {}),
         ("llama3_8b", 64, 2048, 64, TWO_HEADS, {}),
         ("llama3_8b", 16, 2048, 64, {"tile_tokens": 32}, {}),
         ("llama3_8b", 16, 2048, 64, THREE, {}),
@@ -46,7 +45,7 @@ PREFILLS = {
         ("llama2_7b", 128, 2048, 64, {}, {}),
         ("qwen2_7b", 32, 2048, 64, {}, {"dtype": "float16"}),
         ("llama3_1b", 16, 2048, 64, {}, {}),
-        ("gemma2_9b", 16, 2048, 64, {"tile_keys": 64, "overlap": False}, {}),
+        ("gemma2_9b", 16, 2048, 64, {"tile_keys": 64}, {}),
     ],
 }
 

@@ -1,7 +1,9 @@
-"""KV write, rope with the write and truncation compiled for the H200 without a GPU: every config that is tuned over."""
+"""The small ops compiled for the H200 without a GPU: configs that are tuned over."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import re
 
 import pytest
@@ -36,6 +38,14 @@ def rope(heads, kv_heads, head_dim, num_tokens, packed, normed):
                              implementation="mosaic_gpu")
     text = compile(function, qkv, angles, angles, cache, cache, spec((num_tokens,)), norm, norm, donate=(3, 4))
     print("COPIES", len(cache_copies(text, [cache.shape])))
+def norm(num_tokens, size, dtype, config):
+    from pallas_kernels.add_rms_norm.mosaic_gpu import Config, add_rms_norm
+    x, stacked = spec((num_tokens, size), dtype), spec((3, size), dtype)
+    def function(x, delta, stacked):
+        return add_rms_norm(x, delta, stacked[1], eps=1e-5, interpret=False, config=Config(*config))
+    text = compile(function, x, x, stacked)
+    # A layer's weights are an offset into the stacked ones, not a copy.
+    print("COPIES", text.count(" copy(") + text.count("kind=kLoop"))
 def truncate(rows, vocab, config):
     from pallas_kernels.sampling_truncation.mosaic_gpu import Config, truncate_logits
     options = [spec((rows,)), spec((rows,), jnp.float32), spec((rows,), jnp.float32)]
@@ -71,6 +81,18 @@ def test_kv_write():
 
 def test_rope_write():
     call, count = calls("rope", ROPE)
+    check(report(call), count)
+
+
+def test_add_rms_norm():
+    """Configs with the most registers a thread, and the default ones of sizes that are no powers of two."""
+    from pallas_kernels.add_rms_norm.mosaic_gpu import configs, default_config
+
+    cases = {(8, 4096, "bfloat16", config) for config in configs(4096)}
+    for size, num_tokens in itertools.product((896, 3072, 5120), (1, 8192)):
+        cases.add((num_tokens, size, "bfloat16", default_config(num_tokens, size)))
+    cases |= {(8, 16384, "float32", config) for config in configs(16384, 4)}
+    call, count = calls("norm", [(*rest, dataclasses.astuple(config)) for *rest, config in cases])
     check(report(call), count)
 
 

@@ -77,7 +77,7 @@ def measure(num_seqs: int, num_steps: int) -> dict[str, float | int | str]:
         t0 = time.perf_counter()
         scheduled = scheduler.schedule()
         t1 = time.perf_counter()
-        bucket = buckets.forward_candidates(scheduled.num_tokens, len(scheduled.rows))[0]
+        bucket = buckets.forward_bucket(scheduled.num_tokens, len(scheduled.rows))
         layouts[bucket].pack(scheduled)
         in_flight.append(scheduled)
         t2 = t3 = time.perf_counter()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from tqdm import tqdm
 
 from pallas_kernels import default_implementation, padded_head_dim
@@ -26,6 +26,9 @@ from vjax.parallel.sharding import make_mesh
 from vjax.runner import memory, platform
 from vjax.runner.buckets import Buckets
 from vjax.runner.executables import Executables
+from vjax.runner.exported import StepDescription
+from vjax.runner.lowered import LoweredPrograms
+from vjax.runner.lowered_cache import LoweredCache
 from vjax.runner.runner import ModelRunner
 from vjax.runner.step import Step, StepGeometry
 from vjax.scheduler.factory import make_scheduler
@@ -108,27 +111,37 @@ def build_runner(
 
     When it fails, nothing stays on the device, however long the traceback lives.
     """
+    kind = platform.platform_name(device)
     mesh = make_mesh([device])
     given = {}
     if config.cache.cache_dtype in _QUANTISED and config.load.load_format != "dummy":
         given = {f"vectors.{name}": scale for name, scale in (read_kv_scales(model_dir, arch) or {}).items()}
     model = build_model(arch, jnp.dtype(config.model.dtype), mesh=mesh, kv_scales=bool(given))
     memory.check_weights_fit(model.leaf_specs.values(), config, device)
-    leaves = load_weights(
-        model, model_dir, mesh=mesh, load_format=config.load.load_format, seed=config.model.seed, given=given
+    geometry = step_geometry(config, arch, memory.num_bytes(model.leaf_specs.values()), device)
+    config = replace(config, cache=replace(config.cache, num_gpu_blocks=geometry.num_blocks))
+    buckets = Buckets.build(
+        max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+        max_num_seqs=config.scheduler.max_num_seqs,
+        platform=kind,
     )
-    try:
-        geometry = step_geometry(config, arch, device)
-        config = replace(config, cache=replace(config.cache, num_gpu_blocks=geometry.num_blocks))
-        return _start_runner(config, Step(model, geometry), leaves, mesh, platform.platform_name(device)), config
-    except BaseException:
-        for leaf in leaves:
-            leaf.delete()
-        raise
+    executables = Executables(Step(model, geometry), buckets, mesh, kind)
+
+    started = time.perf_counter()
+    with _lowered_elsewhere(executables) as lowered:
+        leaves = load_weights(
+            model, model_dir, mesh=mesh, load_format=config.load.load_format, seed=config.model.seed, given=given
+        )
+        try:
+            return _start_runner(config, executables, leaves, device, lowered, started), config
+        except BaseException:
+            for leaf in leaves:
+                leaf.delete()
+            raise
 
 
-def step_geometry(config: EngineConfig, arch: ArchConfig, device: Any) -> StepGeometry:
-    """Sizes of the step on `device`, whose weights are loaded: KV blocks get what is left.
+def step_geometry(config: EngineConfig, arch: ArchConfig, weight_bytes: int, device: Any) -> StepGeometry:
+    """Sizes of the step on `device`: KV blocks get what weights of `weight_bytes`, still to be loaded, will leave.
 
     Raises:
         OutOfMemoryError: See `memory.num_kv_blocks`.
@@ -142,6 +155,7 @@ def step_geometry(config: EngineConfig, arch: ArchConfig, device: Any) -> StepGe
         kv_head_dim=kv_head_dim,
         kv_itemsize=kv_dtype.itemsize,
         itemsize=jnp.dtype(config.model.dtype).itemsize,
+        weight_bytes=weight_bytes,
         device=device,
     )
     return StepGeometry(
@@ -162,22 +176,51 @@ def _kv_dtype(config: EngineConfig, kind: str) -> jnp.dtype:
     return jnp.dtype(jnp.float32 if kind == "cpu" else config.model.dtype)
 
 
-def _start_runner(config: EngineConfig, step: Step, leaves: tuple, mesh: Mesh, kind: str) -> ModelRunner:
-    """Compiles what serving cannot start without, allocates the KV cache and, on a GPU, goes on compiling behind."""
-    buckets = Buckets.build(
-        max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
-        max_num_seqs=config.scheduler.max_num_seqs,
-        platform=kind,
+def _lowered_elsewhere(executables: Executables) -> AbstractContextManager[LoweredPrograms | None]:
+    """Has other processes lower what is not on disk; None on the CPU, where programs are compiled when they are needed,
+    and for several devices, whose placement an exported program would have to carry."""
+    if executables.platform != "gpu" or executables.mesh.size > 1:
+        return nullcontext()
+    description = StepDescription.of(executables.step, executables.mesh, "cuda")
+    cache = LoweredCache(platform.lowered_cache_dir(), repr(description)) if envs.compile_cache_enabled() else None
+    return LoweredPrograms(description, executables.all_keys(), cache)
+
+
+def _start_runner(
+    config: EngineConfig,
+    executables: Executables,
+    leaves: tuple,
+    device: Any,
+    lowered: LoweredPrograms | None,
+    started: float,
+) -> ModelRunner:
+    """On a GPU compiles and runs every program: before the KV cache takes the memory that GEMM autotuning works in, and
+    after the weights, because scratch among them would leave holes that no array of the cache fits.
+
+    Args:
+        started: When weights began to be loaded, by `time.perf_counter`, for the log.
+    """
+    if executables.platform != "gpu":
+        return ModelRunner(leaves, executables)
+    loaded = time.perf_counter()
+    executables.compile_all(
+        progress=_compile_progress,
+        exported=lowered.get if lowered is not None else None,
+        num_threads=memory.compile_threads(device),
     )
-    executables = Executables(step, buckets, mesh, kind)
-    if kind == "gpu":  # before the KV cache takes the memory that GEMM autotuning works in
-        executables.compile_all(executables.covering_keys(), _compile_progress)
-        itemsize = jnp.dtype(config.model.dtype).itemsize
-        memory.check_temporaries(executables.get_ready(buckets.mixed[-1]), step.model.arch, config, itemsize)
+    itemsize = jnp.dtype(config.model.dtype).itemsize
+    largest = executables.compile(executables.buckets.mixed[-1])
+    memory.check_temporaries(largest, executables.step.model.arch, config, itemsize)
+    compiled = time.perf_counter()
     runner = ModelRunner(leaves, executables)
-    if kind == "gpu":
-        runner.warm_up()
-        executables.compile_in_background()
+    runner.warm_up()
+    log.info(
+        "start: weights %.1f s, then programs %.1f s (%s), KV cache and warm-up %.1f s",
+        loaded - started,
+        compiled - loaded,
+        "lowered here" if lowered is None else lowered.summary(),
+        time.perf_counter() - compiled,
+    )
     return runner
 
 

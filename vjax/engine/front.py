@@ -180,7 +180,6 @@ class BaseLLMEngine:
     def warm_up(self) -> None:
         """Compiles and runs everything that any step may need, so that serving never waits for the compiler. To be
         called while nothing runs."""
-        self._core.runner.executables.wait()
         self._core.runner.executables.compile_all()
         self._core.runner.warm_up()
 

@@ -1,10 +1,13 @@
-"""Root mean square normalisation (Zhang and Sennrich, 2019, arXiv:1910.07467)."""
+"""Root mean square normalisation (Zhang and Sennrich, 2019, arXiv:1910.07467), alone and after a residual addition."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
+
+import pallas_kernels
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -12,3 +15,16 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     wide = x.astype(jnp.float32)
     variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
     return (wide * lax.rsqrt(variance + eps) * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def add_rms_norm(
+    x: jax.Array, delta: jax.Array, weight: jax.Array, eps: float, *, implementation: str, mesh: Mesh | None
+) -> tuple[jax.Array, jax.Array]:
+    """x and delta `[T, N]` -> x + delta and its norm, both `[T, N]`.
+
+    `implementation` is that of the step's kernels. On more than one device it is XLA, which shards the arrays as it
+    likes: it cannot partition a kernel.
+    """
+    if mesh is not None and mesh.size > 1:
+        implementation = "xla"
+    return pallas_kernels.add_rms_norm(x, delta, weight, eps=eps, implementation=implementation)

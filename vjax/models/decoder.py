@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from vjax.layers.attention import Attention, AttentionMetadata, KVCache
 from vjax.layers.embedding import embed_tokens, head_logits
 from vjax.layers.mlp import GatedMLP
-from vjax.layers.norm import rms_norm
+from vjax.layers.norm import add_rms_norm, rms_norm
 from vjax.layers.param import param
 from vjax.layers.rope import rope_cos_sin
 from vjax.layers.vectors import LayerVectors, StackedVectors
@@ -23,30 +23,37 @@ __all__ = ["AttentionMetadata", "DecoderLayer", "DecoderModel", "KVCache"]
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+    """Attention and feed-forward, with the addition and the norm between them.
+
+    The norm before and the addition after them are the model's: one layer's addition and the next one's norm are one
+    kernel.
+    """
 
     def __init__(self, arch: ArchConfig, *, sliding_window: int | None, dtype, rngs: nnx.Rngs, mesh: Mesh | None):
         self.attention = Attention(arch, sliding_window=sliding_window, dtype=dtype, rngs=rngs, mesh=mesh)
         self.mlp = GatedMLP(arch, dtype=dtype, rngs=rngs)
         self.rms_norm_eps = arch.rms_norm_eps
+        self.mesh = mesh
 
     def __call__(
         self,
         x: jax.Array,
+        normed: jax.Array,
         vectors: LayerVectors,
         kv: KVCache,
         rope: tuple[jax.Array, jax.Array],
         meta: AttentionMetadata,
-    ) -> tuple[jax.Array, KVCache]:
-        """x `[T, hidden]` -> `[T, hidden]` and the updated cache."""
-        normed = rms_norm(x, vectors["attention_norm"], self.rms_norm_eps)
+    ) -> tuple[jax.Array, jax.Array, KVCache]:
+        """The residual stream x and attention's input `[T, hidden]` -> x, what to add to it, and the cache."""
         out, kv = self.attention(normed, vectors, kv, rope, meta)
-        x = x + out
-        return x + self.mlp(rms_norm(x, vectors["mlp_norm"], self.rms_norm_eps), vectors), kv
+        x, normed = add_rms_norm(
+            x, out, vectors["mlp_norm"], self.rms_norm_eps, implementation=meta.plan.implementation, mesh=self.mesh
+        )
+        return x, self.mlp(normed, vectors), kv
 
 
 @partial(jax.jit, static_argnames=("graphdef",))
-def _run_layer(graphdef: nnx.GraphDef, state: nnx.State, *args: Any) -> tuple[jax.Array, KVCache]:
+def _run_layer(graphdef: nnx.GraphDef, state: nnx.State, *args: Any) -> tuple[jax.Array, jax.Array, KVCache]:
     """One layer under an inner jit: layers with equal graphdefs are traced and lowered once."""
     return nnx.merge(graphdef, state)(*args)
 
@@ -74,6 +81,7 @@ class DecoderModel(nnx.Module):
 
     def __init__(self, arch: ArchConfig, *, dtype, rngs: nnx.Rngs, mesh: Mesh | None = None, kv_scales: bool = False):
         self.arch = arch
+        self.mesh = mesh
         self.embed = param(rngs, (arch.vocab_size, arch.hidden_size), ("vocab", "embed"), dtype)
         self.layers = nnx.List(
             [
@@ -92,10 +100,18 @@ class DecoderModel(nnx.Module):
         """token_ids i32 `[T]` -> hidden states `[T, hidden]` before the final norm, and the caches, one per layer."""
         rope = rope_cos_sin(meta.positions, self.arch.rope, self.arch.head_dim)
         x = embed_tokens(self.embed[...], token_ids)
+        vectors = [self.vectors.layer(index) for index in range(len(self.layers))]
+        normed = rms_norm(x, vectors[0]["attention_norm"], self.arch.rms_norm_eps)
         updated = []
         for index, (layer, layer_kv) in enumerate(zip(self.layers, kv, strict=True)):
-            x, layer_kv = _run_layer(*nnx.split(layer), x, self.vectors.layer(index), layer_kv, rope, meta)
+            x, delta, layer_kv = _run_layer(*nnx.split(layer), x, normed, vectors[index], layer_kv, rope, meta)
             updated.append(layer_kv)
+            if index + 1 == len(self.layers):
+                x = x + delta
+            else:
+                weight, eps = vectors[index + 1]["attention_norm"], self.arch.rms_norm_eps
+                implementation = meta.plan.implementation
+                x, normed = add_rms_norm(x, delta, weight, eps, implementation=implementation, mesh=self.mesh)
         return x, tuple(updated)
 
     def final_norm(self, hidden: jax.Array) -> jax.Array:

@@ -25,7 +25,7 @@ class FunctionalModel:
     """A decoder split into structure (here) and leaves (the caller's tuple, in the order of `leaf_names`).
 
     Attributes:
-        arch, dtype, mesh: As given to `build_model`.
+        arch, dtype, mesh, kv_scales: As given to `build_model`.
         leaf_names: Dotted paths, e.g. "layers.0.attention.qkv".
         leaf_specs: name -> shape and dtype.
         logical_axes: name -> logical axis of each dimension (see vjax.parallel.sharding).
@@ -45,6 +45,7 @@ class FunctionalModel:
         self.arch = arch
         self.dtype = dtype
         self.mesh = mesh
+        self.kv_scales = kv_scales
         self.leaf_names: tuple[str, ...] = tuple(
             _leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)
         )

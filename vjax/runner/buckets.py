@@ -60,9 +60,7 @@ class Buckets:
             sample=_sizes(_GPU_SAMPLE if gpu else _CPU_SAMPLE, max_num_seqs),
         )
 
-    def forward_candidates(self, num_tokens: int, num_seqs: int) -> tuple[ForwardBucket, ...]:
-        """Buckets that fit a step, the tightest first. Decode steps may fall back to the mixed family."""
-        mixed = self.mixed[bisect_left(self.mixed, num_tokens, key=lambda b: b.num_tokens) :]
-        if num_tokens != num_seqs:
-            return mixed
-        return self.decode[bisect_left(self.decode, num_tokens, key=lambda b: b.num_tokens) :] + mixed
+    def forward_bucket(self, num_tokens: int, num_seqs: int) -> ForwardBucket:
+        """The tightest bucket that fits a step."""
+        family = self.decode if num_tokens == num_seqs else self.mixed
+        return family[bisect_left(family, num_tokens, key=lambda b: b.num_tokens)]

@@ -9,6 +9,7 @@ compiler's own figure.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,6 +26,9 @@ _GIB = 1 << 30
 DEFAULT_CPU_KV_BYTES = 1 * _GIB
 #: Scratch of GEMM autotuning and fragmentation of the pool.
 _AUTOTUNE_RESERVE = int(1.5 * _GIB)
+#: What GEMM autotuning of one program may take before the KV cache is there; the head's takes half of it.
+_COMPILE_SCRATCH = 2 * _GIB
+_MAX_COMPILE_THREADS = 16
 
 
 def block_bytes(arch: ArchConfig, block_size: int, kv_head_dim: int, itemsize: int) -> int:
@@ -41,9 +45,20 @@ def temporary_bytes(arch: ArchConfig, config: EngineConfig, itemsize: int) -> in
 
 
 def num_kv_blocks(
-    config: EngineConfig, arch: ArchConfig, *, kv_head_dim: int, kv_itemsize: int, itemsize: int, device: Any
+    config: EngineConfig,
+    arch: ArchConfig,
+    *,
+    kv_head_dim: int,
+    kv_itemsize: int,
+    itemsize: int,
+    weight_bytes: int,
+    device: Any,
 ) -> int:
-    """Blocks to allocate, the null block included. `itemsize` is that of activations, for the temporaries.
+    """Blocks to allocate, the null block included.
+
+    Args:
+        itemsize: That of activations, for the temporaries.
+        weight_bytes: Of weights that are still to be loaded.
 
     Raises:
         OutOfMemoryError: Not even one request of max_model_len fits; the text names the numbers and the knob.
@@ -53,7 +68,7 @@ def num_kv_blocks(
     if cache.num_gpu_blocks_override is not None:
         blocks, source = cache.num_gpu_blocks_override, "num_gpu_blocks_override"
     else:
-        available, source = _available_bytes(config, arch, itemsize, device)
+        available, source = _available_bytes(config, arch, itemsize, weight_bytes, device)
         blocks = max(available, 0) // per_block
     max_model_len = config.model.max_model_len
     needed = math.ceil(max_model_len / cache.block_size) + 1
@@ -80,13 +95,15 @@ def _knob(config: EngineConfig, device: Any) -> str:
     return "gpu_memory_utilization"
 
 
-def _available_bytes(config: EngineConfig, arch: ArchConfig, itemsize: int, device: Any) -> tuple[int, str]:
+def _available_bytes(
+    config: EngineConfig, arch: ArchConfig, itemsize: int, weight_bytes: int, device: Any
+) -> tuple[int, str]:
     if (explicit := config.cache.kv_cache_memory_bytes) is not None:
         return explicit, f"kv_cache_memory_bytes={explicit}"
     if device.platform == "cpu":
         return DEFAULT_CPU_KV_BYTES, f"kv_cache_memory_bytes={DEFAULT_CPU_KV_BYTES}, the default on the CPU"
     stats = device.memory_stats()
-    limit, in_use = stats["bytes_limit"], stats["bytes_in_use"]
+    limit, in_use = stats["bytes_limit"], stats["bytes_in_use"] + weight_bytes
     temporaries = temporary_bytes(arch, config, itemsize)
     available = limit - in_use - temporaries - _AUTOTUNE_RESERVE
     log.info(
@@ -99,6 +116,18 @@ def _available_bytes(config: EngineConfig, arch: ArchConfig, itemsize: int, devi
     return available, f"gpu_memory_utilization={config.cache.gpu_memory_utilization}"
 
 
+def num_bytes(specs: Iterable[Any]) -> int:
+    """Bytes of arrays with these shapes and dtypes."""
+    return sum(math.prod(s.shape) * s.dtype.itemsize for s in specs)
+
+
+def compile_threads(device: Any) -> int:
+    """How many threads may compile for a GPU whose weights are loaded: one a core, as far as memory lasts."""
+    stats = device.memory_stats()
+    free = stats["bytes_limit"] - stats["bytes_in_use"]
+    return max(1, min(_MAX_COMPILE_THREADS, os.cpu_count() or 1, free // _COMPILE_SCRATCH))
+
+
 def check_weights_fit(specs: Iterable[Any], config: EngineConfig, device: Any) -> None:
     """Checked before the first weight is loaded.
 
@@ -108,7 +137,7 @@ def check_weights_fit(specs: Iterable[Any], config: EngineConfig, device: Any) -
     stats = device.memory_stats() if device.platform != "cpu" else None
     if not stats:
         return
-    needed = sum(math.prod(s.shape) * s.dtype.itemsize for s in specs)
+    needed = num_bytes(specs)
     free = stats["bytes_limit"] - stats["bytes_in_use"]
     if needed > free:
         raise OutOfMemoryError(
@@ -143,7 +172,7 @@ def allocate(specs: Any, shardings: Any) -> Any:
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        size = sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(specs))
+        size = num_bytes(jax.tree.leaves(specs))
         raise OutOfMemoryError(
             f"The device has no {size / _GIB:.2f} GiB left for the KV cache: lower gpu_memory_utilization or "
             f"kv_cache_memory_bytes, or free what else this process holds on the device. ({e})"

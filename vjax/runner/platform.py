@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -40,6 +41,11 @@ def configure(gpu_memory_utilization: float) -> Any:
 def platform_name(device: Any) -> str:
     """ "gpu" or "cpu"."""
     return "gpu" if device.platform in ("gpu", "cuda") else "cpu"
+
+
+def lowered_cache_dir() -> Path:
+    """Folder of lowered programs, next to that of compiled ones. It need not exist."""
+    return envs.cache_dir() / f"lowered-jax{jax.__version__}"
 
 
 def configure_compile_cache() -> None:

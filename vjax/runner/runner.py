@@ -82,9 +82,8 @@ class ModelRunner:
     def warm_up(self, repeats: int = 3) -> None:
         """Runs every ready executable on an empty batch: command buffers record on the second run and replay from the
         third on. Only the null row and the null block are written."""
-        for key in self.executables.all_keys():
-            compiled = self.executables.get_ready(key)
-            for _ in range(repeats if compiled is not None else 0):
+        for key, compiled in self.executables.ready():
+            for _ in range(repeats):
                 self._run_empty(key, compiled)
         jax.block_until_ready(self._rows)
 
@@ -112,7 +111,7 @@ class ModelRunner:
         return StepHandle(scheduled.step_id, scheduled.num_sampled, tokens, done)
 
     def shutdown(self) -> None:
-        """Stops compilation and frees every device array. The pool itself goes back to the driver when the process
+        """Frees every device array. The pool itself goes back to the driver when the process
         ends."""
         self.executables.shutdown()
         _delete((self._leaves, self._head, self._kv, self._rows))
@@ -165,9 +164,9 @@ def row_variant(init: RowInit) -> Variant:
     """The least sample program for one request."""
     p = init.sampling_params
     if p.min_tokens:
-        return Variant.MASKED
+        return Variant.FULL
     if p.temperature < GREEDY_TEMPERATURE:
         return Variant.GREEDY
     if p.top_k > 0 or p.top_p < 1 or p.min_p > 0:
-        return Variant.TRUNCATED
+        return Variant.FULL
     return Variant.RANDOM

@@ -27,8 +27,7 @@ class Variant(enum.IntEnum):
 
     GREEDY = 0
     RANDOM = 1  # temperature
-    TRUNCATED = 2  # top_k, top_p, min_p
-    MASKED = 3  # min_tokens
+    FULL = 2  # top_k, top_p, min_p and min_tokens
 
 
 def gumbel_noise(seed_low: jax.Array, seed_high: jax.Array, position: jax.Array, vocab_size: int) -> jax.Array:
@@ -69,14 +68,14 @@ def sample_tokens(
         position: Index in the sequence of the token being drawn.
         min_position: First index at which `masked_ids` may be drawn.
     """
-    if variant >= Variant.MASKED:
+    if variant == Variant.FULL:
         logits = mask_ids(logits, masked_ids, position < min_position)
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if variant == Variant.GREEDY:
         return greedy
     is_greedy = temperature < GREEDY_TEMPERATURE
     scaled = logits / jnp.where(is_greedy, jnp.float32(1), temperature)[:, None]
-    if variant >= Variant.TRUNCATED:
+    if variant == Variant.FULL:
         scaled = truncate_logits(scaled, top_k, top_p, min_p, implementation=implementation)
     noise = gumbel_noise(seed_low, seed_high, position, logits.shape[1])
     return jnp.where(is_greedy, greedy, jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32))

@@ -1,0 +1,1 @@
+"""The residual addition and the RMS norm after it, in one pass."""

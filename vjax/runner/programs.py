@@ -1,0 +1,117 @@
+"""The programs of one engine: what each computes, of which arrays, and what it gives away.
+
+Knows nothing of when programs are lowered and compiled; see `executables.py` and `lowered.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from vjax.parallel.sharding import named_sharding
+from vjax.runner.buckets import Buckets, ForwardBucket
+from vjax.runner.packing import UpdateLayout
+from vjax.runner.rows import MAX_MASKED_IDS
+from vjax.runner.step import Step
+from vjax.sample.sampler import Variant
+
+
+@dataclass(frozen=True)
+class SampleBucket:
+    """Shape of one sample executable."""
+
+    num_rows: int
+    variant: Variant
+
+    @property
+    def name(self) -> str:
+        return f"sample_{self.variant.name.lower()}[{self.num_rows}]"
+
+
+#: A bucket, "write_rows" or "write_masked_ids".
+Key = ForwardBucket | SampleBucket | str
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A pure function of trees of arrays.
+
+    Attributes:
+        name: Of the compiled module, after "jit_".
+        function: Takes `arguments`.
+        donated: Positions of the arguments that it updates in place.
+        arguments: Trees of ShapeDtypeStructs; placed, when the program was made for a mesh.
+    """
+
+    name: str
+    function: Callable
+    donated: tuple[int, ...]
+    arguments: tuple
+
+
+def sample_buckets(sizes: Sequence[int]) -> list[SampleBucket]:
+    """Every sample program, by variant and then by size. Those that truncate take long to lower: every other size."""
+    sparse = sizes[::-2][::-1]
+    return [SampleBucket(n, v) for v in Variant for n in (sizes if v < Variant.FULL else sparse)]
+
+
+def all_keys(buckets: Buckets) -> list[Key]:
+    """Every program of an engine, those that take longest to compile first. Of sample programs of one size the greedy
+    one comes long before the others, which then find the head's product tuned."""
+    samples = sample_buckets(buckets.sample)[::-1]
+    greedy = [key for key in samples if key.variant == Variant.GREEDY]
+    return [*greedy, *buckets.mixed[::-1], *buckets.decode[::-1], *(k for k in samples if k not in greedy), *UPDATES]
+
+
+#: What carries row writes that a step's own buffer cannot.
+UPDATES = ("write_rows", "write_masked_ids")
+
+
+def make_program(step: Step, key: Key, mesh: Mesh | None) -> Program:
+    """The program of `key`, its arguments placed on `mesh` (None: not placed)."""
+    model = step.model
+
+    def placed(spec: Any, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
+        sharding = None if mesh is None else named_sharding(mesh, axes)
+        return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
+
+    def leaves(names: Sequence[str]) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return tuple(placed(model.leaf_specs[name], model.logical_axes[name]) for name in names)
+
+    def buffer(size: int) -> jax.ShapeDtypeStruct:
+        return placed(jax.ShapeDtypeStruct((size,), jnp.int32), (None,))
+
+    rows = jax.tree.map(lambda s: placed(s, (None,) * len(s.shape)), step.row_specs())
+    if isinstance(key, ForwardBucket):
+
+        def forward(leaves, kv, rows, packed):
+            return step.forward(key, leaves, kv, rows, packed)
+
+        kv = jax.tree.map(lambda s: placed(s, (None, "kv_heads", None, None)), step.kv_specs())
+        return Program("forward", forward, (1, 2), (leaves(model.leaf_names), kv, rows, buffer(step.layout(key).size)))
+    if isinstance(key, SampleBucket):
+
+        def sample(head, rows):
+            return step.sample(key.num_rows, key.variant, head, rows)
+
+        return Program("sample", sample, (1,), (leaves(model.head_leaf_names), rows))
+    if key == "write_rows":
+        return Program(key, step.write_rows, (0,), (rows, buffer(UpdateLayout().size)))
+    assert key == "write_masked_ids", key
+    return Program(key, step.write_masked_ids, (0,), (rows, buffer(1 + MAX_MASKED_IDS)))
+
+
+def lower(program: Program, mesh: Mesh) -> Any:
+    """The lowered (not yet compiled) program; its arguments are placed on `mesh`."""
+
+    def function(*arguments):
+        return program.function(*arguments)
+
+    function.__name__ = program.name
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.jit(function, donate_argnums=program.donated).lower(*program.arguments)
