@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from pallas_kernels import tuning
-from pallas_kernels.bench import attention, kv, mixed, norm, truncation
+from pallas_kernels.bench import attention, kv, matmul, mixed, norm, truncation
 from pallas_kernels.bench.cases import Op, Timed
 from pallas_kernels.bench.timing import (
     Ceilings,
@@ -35,6 +35,7 @@ OPS: dict[str, Op] = {
         kv.WRITE_KV,
         kv.ROPE_WRITE_KV,
         norm.ADD_RMS_NORM,
+        matmul.MATMUL,
         truncation.TRUNCATE_LOGITS,
     )
 }

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
-from vjax.layers.linear import matmul
+from vjax.layers.linear import matmul, unsharded
 from vjax.layers.param import param
 from vjax.layers.vectors import LayerVectors
 from vjax.models.arch import ArchConfig
@@ -67,13 +67,14 @@ class Attention(nnx.Module):
         """x `[T, hidden]` -> `[T, hidden]` and the cache with this step's keys and values written into it."""
         num_tokens = x.shape[0]
         hidden, kv_heads, slices, head_dim = self.qkv.shape
-        qkv = matmul(x, self.qkv[...].reshape(hidden, -1)).reshape(num_tokens, kv_heads, slices, head_dim)
+        dense = unsharded(meta.plan.implementation, self.mesh)
+        qkv = matmul(x, self.qkv[...].reshape(hidden, -1), dense).reshape(num_tokens, kv_heads, slices, head_dim)
         if "qkv_bias" in vectors:
             qkv = qkv + vectors["qkv_bias"]
         norms = (vectors["q_norm"], vectors["k_norm"]) if "q_norm" in vectors else None
         scales = vectors.get("k_scale"), vectors.get("v_scale")
         out, kv = self._attend(qkv, norms, rope, kv, meta, scales)
-        out = matmul(out.reshape(num_tokens, -1), self.o[...].reshape(-1, hidden))
+        out = matmul(out.reshape(num_tokens, -1), self.o[...].reshape(-1, hidden), dense)
         return (out + vectors["o_bias"] if "o_bias" in vectors else out), kv
 
     def _attend(

@@ -20,12 +20,12 @@ class GatedMLP(nnx.Module):
         self.gate_up = param(rngs, (hidden, 2, ffn), ("embed", "gate_up", "mlp"), dtype)
         self.down = param(rngs, (ffn, hidden), ("mlp", "embed"), dtype)
 
-    def __call__(self, x: jax.Array, vectors: LayerVectors) -> jax.Array:
+    def __call__(self, x: jax.Array, vectors: LayerVectors, implementation: str) -> jax.Array:
         """x `[T, hidden]` -> `[T, hidden]`."""
         hidden, two, ffn = self.gate_up.shape
-        gate_up = matmul(x, self.gate_up[...].reshape(hidden, two * ffn)).reshape(-1, two, ffn)
+        gate_up = matmul(x, self.gate_up[...].reshape(hidden, two * ffn), implementation).reshape(-1, two, ffn)
         if "gate_up_bias" in vectors:
             gate_up = gate_up + vectors["gate_up_bias"]
         gate, up = gate_up[:, 0].astype(jnp.float32), gate_up[:, 1].astype(jnp.float32)
-        out = matmul((jax.nn.silu(gate) * up).astype(x.dtype), self.down[...])
+        out = matmul((jax.nn.silu(gate) * up).astype(x.dtype), self.down[...], implementation)
         return out + vectors["down_bias"] if "down_bias" in vectors else out

@@ -5,7 +5,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
 
 import pallas_kernels
 
@@ -18,13 +17,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def add_rms_norm(
-    x: jax.Array, delta: jax.Array, weight: jax.Array, eps: float, *, implementation: str, mesh: Mesh | None
+    x: jax.Array, delta: jax.Array, weight: jax.Array, eps: float, *, implementation: str
 ) -> tuple[jax.Array, jax.Array]:
-    """x and delta `[T, N]` -> x + delta and its norm, both `[T, N]`.
-
-    `implementation` is that of the step's kernels. On more than one device it is XLA, which shards the arrays as it
-    likes: it cannot partition a kernel.
-    """
-    if mesh is not None and mesh.size > 1:
-        implementation = "xla"
+    """x and delta `[T, N]` -> x + delta and its norm, both `[T, N]`."""
     return pallas_kernels.add_rms_norm(x, delta, weight, eps=eps, implementation=implementation)

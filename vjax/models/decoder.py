@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from vjax.layers.attention import Attention, AttentionMetadata, KVCache
 from vjax.layers.embedding import embed_tokens, head_logits
+from vjax.layers.linear import unsharded
 from vjax.layers.mlp import GatedMLP
 from vjax.layers.norm import add_rms_norm, rms_norm
 from vjax.layers.param import param
@@ -46,10 +47,9 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[jax.Array, jax.Array, KVCache]:
         """The residual stream x and attention's input `[T, hidden]` -> x, what to add to it, and the cache."""
         out, kv = self.attention(normed, vectors, kv, rope, meta)
-        x, normed = add_rms_norm(
-            x, out, vectors["mlp_norm"], self.rms_norm_eps, implementation=meta.plan.implementation, mesh=self.mesh
-        )
-        return x, self.mlp(normed, vectors), kv
+        dense = unsharded(meta.plan.implementation, self.mesh)
+        x, normed = add_rms_norm(x, out, vectors["mlp_norm"], self.rms_norm_eps, implementation=dense)
+        return x, self.mlp(normed, vectors, dense), kv
 
 
 @partial(jax.jit, static_argnames=("graphdef",))
@@ -110,8 +110,8 @@ class DecoderModel(nnx.Module):
                 x = x + delta
             else:
                 weight, eps = vectors[index + 1]["attention_norm"], self.arch.rms_norm_eps
-                implementation = meta.plan.implementation
-                x, normed = add_rms_norm(x, delta, weight, eps, implementation=implementation, mesh=self.mesh)
+                dense = unsharded(meta.plan.implementation, self.mesh)
+                x, normed = add_rms_norm(x, delta, weight, eps, implementation=dense)
         return x, tuple(updated)
 
     def final_norm(self, hidden: jax.Array) -> jax.Array:

@@ -1,0 +1,1 @@
+"""Matrix products of steps that cuBLAS cuts badly."""

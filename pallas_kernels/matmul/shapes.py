@@ -1,0 +1,12 @@
+"""Named products: (K, N) of real models and rows of real steps."""
+
+from __future__ import annotations
+
+PRODUCTS = {
+    "llama3_8b qkv": (4096, 6144),
+    "llama3_8b o": (4096, 4096),
+    "llama3_8b down": (14336, 4096),
+    "llama2_7b qkv": (4096, 12288),
+    "llama2_7b down": (11008, 4096),
+}
+ROWS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
