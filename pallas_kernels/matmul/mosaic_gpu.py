@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.matmul.shapes import ROWS
 from pallas_kernels.mosaic import divide_registers, interpret_params
 from pallas_kernels.tuning import lookup
 
@@ -52,7 +53,9 @@ def candidates(rows: int, depth: int, columns: int) -> list[Config]:
 
 
 def tuned_config(rows: int, depth: int, columns: int) -> Config | None:
-    """The config of the nearest tuned case if it fits; None: XLA's product."""
+    """The config of the nearest tuned case if it fits; None, and always beyond the tuned rows: XLA's product."""
+    if rows > max(ROWS):
+        return None
     exact = {"depth": depth, "columns": columns}
     config = lookup("matmul", Config, exact, {"rows": rows}, lambda: XLA_PRODUCT)
     return config if config != XLA_PRODUCT and config in candidates(rows, depth, columns) else None

@@ -209,10 +209,11 @@ def _start_runner(
         num_threads=memory.compile_threads(device),
     )
     itemsize = jnp.dtype(config.model.dtype).itemsize
-    largest = executables.compile(executables.buckets.mixed[-1])
-    memory.check_temporaries(largest, executables.step.model.arch, config, itemsize)
+    compiled_all = (compiled for _, compiled in executables.ready())
+    memory.check_temporaries(compiled_all, executables.step.model.arch, config, itemsize)
     compiled = time.perf_counter()
-    runner = ModelRunner(leaves, executables)
+    with memory.room_for_small_arrays(device):
+        runner = ModelRunner(leaves, executables)
     runner.warm_up()
     log.info(
         "start: weights %.1f s, then programs %.1f s (%s), KV cache and warm-up %.1f s",

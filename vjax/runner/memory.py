@@ -1,19 +1,22 @@
 """How many KV blocks fit.
 
-On a GPU the pool that XLA may use is fixed when its backend starts; KV gets what weights, the temporaries of the
-largest bucket and the scratch of GEMM autotuning leave. The temporaries are estimated before anything is compiled, so
+On a GPU the pool that XLA may use is fixed when its backend starts; KV gets what the weights, the temporaries of one
+executable and a little room for small arrays leave. Temporaries are taken when an executable is dispatched and given
+back before the next one is, so the largest counts and not their sum. They are estimated before anything is compiled, so
 that executables are compiled once, for their final shapes; `check_temporaries` then holds the estimate against the
-compiler's own figure.
+compiler's own figures.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from vjax.config.engine_config import EngineConfig
 from vjax.errors import OutOfMemoryError
@@ -24,8 +27,8 @@ log = logger(__name__)
 
 _GIB = 1 << 30
 DEFAULT_CPU_KV_BYTES = 1 * _GIB
-#: Scratch of GEMM autotuning and fragmentation of the pool.
-_AUTOTUNE_RESERVE = int(1.5 * _GIB)
+#: For outputs and the temporaries of small steps; see `room_for_small_arrays`.
+_SMALL_ARRAYS = _GIB // 8
 #: What GEMM autotuning of one program may take before the KV cache is there; the head's takes half of it.
 _COMPILE_SCRATCH = 2 * _GIB
 _MAX_COMPILE_THREADS = 16
@@ -37,11 +40,12 @@ def block_bytes(arch: ArchConfig, block_size: int, kv_head_dim: int, itemsize: i
 
 
 def temporary_bytes(arch: ArchConfig, config: EngineConfig, itemsize: int) -> int:
-    """Estimate of the largest bucket's temporaries: the widest layer's activations, and the logits of all rows."""
+    """Estimate of the largest executable's temporaries: of forward those of the widest layer with the most tokens, of
+    sample three arrays of all rows' logits."""
     tokens, rows = config.scheduler.max_num_batched_tokens, config.scheduler.max_num_seqs
     qkv = (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
     widest = max(3 * arch.intermediate_size, 2 * qkv + 3 * arch.num_heads * arch.head_dim) + 4 * arch.hidden_size
-    return tokens * widest * itemsize + 3 * rows * arch.vocab_size * 4
+    return max(tokens * widest * itemsize, 3 * rows * arch.vocab_size * 4)
 
 
 def num_kv_blocks(
@@ -105,12 +109,12 @@ def _available_bytes(
     stats = device.memory_stats()
     limit, in_use = stats["bytes_limit"], stats["bytes_in_use"] + weight_bytes
     temporaries = temporary_bytes(arch, config, itemsize)
-    available = limit - in_use - temporaries - _AUTOTUNE_RESERVE
+    available = limit - in_use - temporaries - _SMALL_ARRAYS
     log.info(
         "device memory: %.1f GiB usable, %.1f GiB in use by weights, %.1f GiB kept for temporaries, %.1f GiB for KV",
         limit / _GIB,
         in_use / _GIB,
-        (temporaries + _AUTOTUNE_RESERVE) / _GIB,
+        (temporaries + _SMALL_ARRAYS) / _GIB,
         available / _GIB,
     )
     return available, f"gpu_memory_utilization={config.cache.gpu_memory_utilization}"
@@ -147,10 +151,11 @@ def check_weights_fit(specs: Iterable[Any], config: EngineConfig, device: Any) -
         )
 
 
-def check_temporaries(compiled: Any, arch: ArchConfig, config: EngineConfig, itemsize: int) -> None:
-    """Warns when an executable needs more temporary memory than was kept for it."""
-    actual = compiled.memory_analysis().temp_size_in_bytes
-    kept = temporary_bytes(arch, config, itemsize) + _AUTOTUNE_RESERVE
+def check_temporaries(executables: Iterable[Any], arch: ArchConfig, config: EngineConfig, itemsize: int) -> None:
+    """Warns when one of the compiled executables needs more temporary memory than was kept for it."""
+    actual = max(compiled.memory_analysis().temp_size_in_bytes for compiled in executables)
+    kept = temporary_bytes(arch, config, itemsize)
+    log.debug("temporaries: %.2f GiB needed, %.2f GiB kept", actual / _GIB, kept / _GIB)
     if actual > kept:
         log.warning(
             "the largest step needs %.2f GiB of temporaries, %.2f GiB were kept: lower gpu_memory_utilization or "
@@ -158,6 +163,20 @@ def check_temporaries(compiled: Any, arch: ArchConfig, config: EngineConfig, ite
             actual / _GIB,
             kept / _GIB,
         )
+
+
+@contextmanager
+def room_for_small_arrays(device: Any) -> Iterator[None]:
+    """Leaves a hole in the device's memory before what is allocated within the context.
+
+    The allocator takes the smallest free piece that fits. Small arrays go into the hole, and the one large piece behind
+    the KV cache, without which the largest step cannot run, stays whole.
+    """
+    hole = jax.block_until_ready(jnp.empty(_SMALL_ARRAYS, jnp.uint8, device=device))
+    try:
+        yield
+    finally:
+        hole.delete()
 
 
 def allocate(specs: Any, shardings: Any) -> Any:
