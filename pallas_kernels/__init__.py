@@ -9,7 +9,7 @@ from pallas_kernels.add_rms_norm.api import add_rms_norm
 from pallas_kernels.implementation import IMPLEMENTATIONS, default_implementation, load_runtime, padded_head_dim
 from pallas_kernels.kv_write.api import write_kv
 from pallas_kernels.kv_write.rope import rope_write_kv
-from pallas_kernels.matmul.api import matmul
+from pallas_kernels.matmul.api import gated_matmul, matmul
 from pallas_kernels.ragged_paged_attention.api import ragged_paged_attention
 from pallas_kernels.ragged_paged_attention.plan import AttentionPlan, plan_attention
 from pallas_kernels.sampling_truncation.api import truncate_logits
@@ -19,6 +19,7 @@ __all__ = [
     "AttentionPlan",
     "add_rms_norm",
     "default_implementation",
+    "gated_matmul",
     "load_runtime",
     "matmul",
     "padded_head_dim",

@@ -36,6 +36,7 @@ OPS: dict[str, Op] = {
         kv.ROPE_WRITE_KV,
         norm.ADD_RMS_NORM,
         matmul.MATMUL,
+        matmul.GATED_MATMUL,
         truncation.TRUNCATE_LOGITS,
     )
 }

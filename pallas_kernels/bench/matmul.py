@@ -1,4 +1,4 @@
-"""Cases of matmul."""
+"""Cases of matmul and gated_matmul."""
 
 from __future__ import annotations
 
@@ -11,56 +11,68 @@ import numpy as np
 
 from pallas_kernels.bench.cases import Checked, Op, Timed, Tuned, normal, relative_error
 from pallas_kernels.matmul import reference, xla
-from pallas_kernels.matmul.api import matmul
-from pallas_kernels.matmul.shapes import PRODUCTS, ROWS
+from pallas_kernels.matmul.api import gated_matmul, matmul
+from pallas_kernels.matmul.shapes import GATED_PRODUCTS, GATED_ROWS, PRODUCTS, ROWS
+
+_OPS = {False: matmul, True: gated_matmul}
+_PRODUCTS = {False: PRODUCTS, True: GATED_PRODUCTS}
+_ROWS = {False: ROWS, True: GATED_ROWS}
 
 
-def _arguments(rows: int, depth: int, width: int, seed: int) -> tuple[jax.Array, ...]:
-    return normal((rows, depth), seed=seed), normal((depth, width), seed=seed + 1)
+def _arguments(rows: int, depth: int, columns: int, gated: bool, seed: int) -> tuple[jax.Array, ...]:
+    return normal((rows, depth), seed=seed), normal((depth, 2, columns) if gated else (depth, columns), seed=seed + 1)
 
 
-def _timed_case(name: str, rows: int, columns: dict[str, Callable]) -> Timed:
-    depth, width = PRODUCTS[name]
-    arguments = functools.partial(_arguments, rows, depth, width)
-    read = 2 * (rows * depth + depth * width)
-    return Timed(f"{name}, {rows} rows", columns, arguments, read, flops=2 * rows * depth * width, ceiling="matmul")
+def _timed_case(gated: bool, name: str, rows: int, columns: dict[str, Callable]) -> Timed:
+    depth, width = _PRODUCTS[gated][name]
+    arguments = functools.partial(_arguments, rows, depth, width, gated)
+    halves = 1 + gated
+    read, flops = 2 * (rows * depth + halves * depth * width), 2 * halves * rows * depth * width
+    return Timed(f"{name}, {rows} rows", columns, arguments, read, flops=flops, ceiling="matmul")
 
 
-def _timed() -> list[Timed]:
-    columns = {name: functools.partial(matmul, implementation=name) for name in ("mosaic_gpu", "xla")}
-    return [_timed_case(name, rows, columns) for name in PRODUCTS for rows in ROWS]
+def _timed(gated: bool) -> list[Timed]:
+    columns = {name: functools.partial(_OPS[gated], implementation=name) for name in ("mosaic_gpu", "xla")}
+    return [_timed_case(gated, name, rows, columns) for name in _PRODUCTS[gated] for rows in _ROWS[gated]]
 
 
-def _tuned() -> list[Tuned]:
+def _tuned(gated: bool) -> list[Tuned]:
     from pallas_kernels.matmul import mosaic_gpu as kernel
 
     def timed(name: str, rows: int, config: Any) -> list[Timed]:
-        run = xla.matmul
+        run = xla.gated_matmul if gated else xla.matmul
         if config != kernel.XLA_PRODUCT:
-            run = functools.partial(kernel.matmul, config=config, interpret=False)
-        return [_timed_case(name, rows, {"config": run})]
+            run = functools.partial(kernel.gated_matmul if gated else kernel.matmul, config=config, interpret=False)
+        return [_timed_case(gated, name, rows, {"config": run})]
 
     return [
         Tuned(
-            "matmul",
-            {"depth": PRODUCTS[name][0], "columns": PRODUCTS[name][1]},
+            _OPS[gated].__name__,
+            {"depth": depth, "columns": width},
             {"rows": rows},
-            kernel.candidates(rows, *PRODUCTS[name]),
+            kernel.candidates(rows, depth, width, gated=gated),
             functools.partial(timed, name, rows),
         )
-        for name in PRODUCTS
-        for rows in ROWS
+        for name, (depth, width) in _PRODUCTS[gated].items()
+        for rows in _ROWS[gated]
     ]
 
 
-def _error(rows: int, depth: int, width: int, implementation: str) -> float:
-    x, w = _arguments(rows, depth, width, seed=5)
-    return relative_error(matmul(x, w, implementation=implementation), reference.matmul(np.asarray(x), np.asarray(w)))
+def _error(gated: bool, rows: int, depth: int, columns: int, implementation: str) -> float:
+    x, w = _arguments(rows, depth, columns, gated, seed=5)
+    wanted = (reference.gated_matmul if gated else reference.matmul)(np.asarray(x), np.asarray(w))
+    return relative_error(_OPS[gated](x, w, implementation=implementation), wanted)
 
 
-def _checked() -> list[Checked]:
-    shapes = [(rows, *PRODUCTS["llama3_8b o"]) for rows in (1, 192, 512)]
-    return [Checked("x".join(map(str, shape)), functools.partial(_error, *shape), 1e-2) for shape in shapes]
+def _checked(gated: bool) -> list[Checked]:
+    product = GATED_PRODUCTS["llama3_8b"] if gated else PRODUCTS["llama3_8b o"]
+    shapes = [(rows, *product) for rows in (1, 192, 512)]
+    return [Checked("x".join(map(str, s)), functools.partial(_error, gated, *s), 1e-2) for s in shapes]
 
 
-MATMUL = Op("matmul", _timed, _tuned, _checked)
+def _op(gated: bool) -> Op:
+    timed, tuned, checked = (functools.partial(f, gated) for f in (_timed, _tuned, _checked))
+    return Op(_OPS[gated].__name__, timed, tuned, checked)
+
+
+MATMUL, GATED_MATMUL = _op(False), _op(True)

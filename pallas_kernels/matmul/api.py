@@ -1,4 +1,4 @@
-"""Matrix product of a step's tokens with a weight."""
+"""Matrix products of a step's tokens with a weight."""
 
 from __future__ import annotations
 
@@ -36,6 +36,28 @@ def matmul(x: jax.Array, w: jax.Array, *, implementation: str | None = None) -> 
     return _matmul(x, w, implementation=checked_implementation(implementation))
 
 
+def gated_matmul(x: jax.Array, w: jax.Array, *, implementation: str | None = None) -> jax.Array:
+    """silu(x @ w[:, 0]) * (x @ w[:, 1]), the first half of SwiGLU (Shazeer, 2020, arXiv:2002.05202), in the dtype of x.
+
+    Sums and silu are in float32. "mosaic_gpu" is a kernel that rounds once, where this device's file in `tuned/` has
+    found one that is faster than XLA's product; that rounds both products before it multiplies them.
+
+    Args:
+        x: [M, K].
+        w: [K, 2, N], the gate first, in the dtype of x.
+        implementation: As for `matmul`.
+
+    Raises:
+        ValueError: A shape or dtype is wrong.
+        NotImplementedError: The implementation needs a newer JAX; "xla" does not.
+    """
+    check_array("x", x, (None, None))
+    check_array("w", w, (x.shape[1], 2, None), x.dtype)
+    if implementation is None:
+        implementation = default_norm_implementation()
+    return _gated_matmul(x, w, implementation=checked_implementation(implementation))
+
+
 @functools.partial(jax.jit, static_argnames=("implementation",))
 def _matmul(x: jax.Array, w: jax.Array, *, implementation: str) -> jax.Array:
     if implementation == MOSAIC_GPU and x.dtype in _DTYPES:
@@ -45,3 +67,14 @@ def _matmul(x: jax.Array, w: jax.Array, *, implementation: str) -> jax.Array:
         if config is not None:
             return mosaic_gpu.matmul(x, w, config, interpret=False)
     return xla.matmul(x, w)
+
+
+@functools.partial(jax.jit, static_argnames=("implementation",))
+def _gated_matmul(x: jax.Array, w: jax.Array, *, implementation: str) -> jax.Array:
+    if implementation == MOSAIC_GPU and x.dtype in _DTYPES:
+        from pallas_kernels.matmul import mosaic_gpu
+
+        config = mosaic_gpu.tuned_config(*x.shape, w.shape[2], gated=True)
+        if config is not None:
+            return mosaic_gpu.gated_matmul(x, w, config, interpret=False)
+    return xla.gated_matmul(x, w)

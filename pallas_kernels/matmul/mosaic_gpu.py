@@ -1,8 +1,12 @@
-"""Matrix product for Hopper in Pallas Mosaic GPU, for steps of a few hundred tokens.
+"""Matrix products for Hopper in Pallas Mosaic GPU: x @ w, and silu(x @ gate) * (x @ up).
 
-There cuBLAS cuts a product into so few or so many tiles that a part of the 132 SMs idles. Here the width of a tile is
-chosen so that the tiles fill whole rounds of SMs. A CTA computes one tile: a warp brings both operands by TMA, several
-steps of K ahead, and two warpgroups multiply 64 rows each.
+A CTA computes tile after tile of the result, 128 rows high: one warp brings both operands by TMA, several steps of K
+ahead and across tiles, and two warpgroups multiply 64 rows each. Tiles are taken so that those computed at the same
+time share operands in L2: along the rows first, in groups of at most 16. Two CTAs of a cluster compute tiles below each
+other and read the weight once for both.
+
+Where it wins: in small products, where the width of a tile can be chosen so that tiles fill whole rounds of SMs, and in
+the gated one, which never writes the two halves to memory.
 """
 
 from __future__ import annotations
@@ -17,55 +21,64 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.matmul.shapes import ROWS
+from pallas_kernels.matmul.shapes import GATED_ROWS, ROWS
 from pallas_kernels.mosaic import divide_registers, interpret_params
 from pallas_kernels.tuning import lookup
 
 WARPGROUPS = 2
 WARPGROUP_ROWS = 64
 TILE_ROWS = WARPGROUP_ROWS * WARPGROUPS
-"""Rows of a CTA."""
+"""Rows of a CTA's tile."""
 TILE_K = 64
 """Of a step: 128 bytes of a row of x, the widest swizzle."""
 
-_SMEM_BYTES = 220 << 10
+_CTAS = 132
+_GROUP_ROWS = 16 * TILE_ROWS
+_SMEM_BYTES = 224 << 10
 _OUT_COLUMNS = 64
 _MAX_STAGES = 8
 _WIDTHS = (64, 96, 128, 192, 256)
+_GATED_WIDTHS = (64, 128)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Columns of a CTA's tile, 0 for XLA's product, and steps of K in flight."""
+    """Columns of a CTA's tile (of each half of a gated product), 0 for XLA's product; steps of K in flight; CTAs of a
+    cluster."""
 
     columns: int
     stages: int
+    cluster: int = 1
 
 
 XLA_PRODUCT = Config(0, 0)
 
 
-def candidates(rows: int, depth: int, columns: int) -> list[Config]:
-    """Configs that fit x [rows, depth] @ w [depth, columns]; XLA's product is the first one."""
+def candidates(rows: int, depth: int, columns: int, *, gated: bool = False) -> list[Config]:
+    """Configs that fit x [rows, depth] and a result of `columns`; XLA's product is the first one."""
     if rows % WARPGROUP_ROWS or depth % TILE_K:
         return [XLA_PRODUCT]
-    return [XLA_PRODUCT, *(_config(width) for width in _WIDTHS if columns % width == 0)]
+    widths = [width for width in (_GATED_WIDTHS if gated else _WIDTHS) if columns % width == 0]
+    configs = [_config(width, 1 + gated, cluster) for width in widths for cluster in (1, 2)]
+    # A cluster needs two tiles below each other; narrow ones read little of the weight.
+    return [XLA_PRODUCT, *(c for c in configs if c.cluster == 1 or (rows > TILE_ROWS and c.columns >= 128))]
 
 
-def tuned_config(rows: int, depth: int, columns: int) -> Config | None:
+def tuned_config(rows: int, depth: int, columns: int, *, gated: bool = False) -> Config | None:
     """The config of the nearest tuned case if it fits; None, and always beyond the tuned rows: XLA's product."""
-    if rows > max(ROWS):
+    if rows > max(GATED_ROWS if gated else ROWS):
         return None
     exact = {"depth": depth, "columns": columns}
-    config = lookup("matmul", Config, exact, {"rows": rows}, lambda: XLA_PRODUCT)
-    return config if config != XLA_PRODUCT and config in candidates(rows, depth, columns) else None
+    config = lookup("gated_matmul" if gated else "matmul", Config, exact, {"rows": rows}, lambda: XLA_PRODUCT)
+    fits = config in candidates(rows, depth, columns, gated=gated)
+    return config if config != XLA_PRODUCT and fits else None
 
 
-def _config(columns: int) -> Config:
+def _config(columns: int, halves: int, cluster: int) -> Config:
     """As many stages as shared memory holds."""
-    stage = 2 * TILE_K * (TILE_ROWS + columns)
-    out = 2 * WARPGROUPS * 2 * 64 * min(columns, _OUT_COLUMNS)
-    return Config(columns, min(_MAX_STAGES, (_SMEM_BYTES - out) // stage))
+    stage = 2 * TILE_K * (TILE_ROWS + halves * columns)
+    out = 2 * WARPGROUPS * 2 * WARPGROUP_ROWS * min(columns, _OUT_COLUMNS)
+    return Config(columns, min(_MAX_STAGES, (_SMEM_BYTES - out) // stage), cluster)
 
 
 def matmul(x: jax.Array, w: jax.Array, config: Config, *, interpret: bool) -> jax.Array:
@@ -73,7 +86,17 @@ def matmul(x: jax.Array, w: jax.Array, config: Config, *, interpret: bool) -> ja
 
     M is a multiple of WARPGROUP_ROWS, K of TILE_K, N of config.columns.
     """
-    (rows, depth), columns = x.shape, w.shape[1]
+    return _product(x, w[:, None], config, interpret=interpret)
+
+
+def gated_matmul(x: jax.Array, w: jax.Array, config: Config, *, interpret: bool) -> jax.Array:
+    """silu(x @ w[:, 0]) * (x @ w[:, 1]) of x [M, K] and w [K, 2, N], rounded once; sizes as for `matmul`."""
+    assert w.shape[1] == 2, w.shape
+    return _product(x, w, config, interpret=interpret)
+
+
+def _product(x: jax.Array, w: jax.Array, config: Config, *, interpret: bool) -> jax.Array:
+    (rows, depth), (_, halves, columns) = x.shape, w.shape
     assert rows % WARPGROUP_ROWS == depth % TILE_K == columns % config.columns == 0, (x.shape, w.shape, config)
 
     def swizzled(width: int) -> tuple[Any, ...]:
@@ -84,22 +107,31 @@ def matmul(x: jax.Array, w: jax.Array, config: Config, *, interpret: bool) -> ja
     out_columns = min(config.columns, _OUT_COLUMNS)
     if config.columns % out_columns:
         out_columns = 32
+    if config.cluster > 1:
+        free = plgpu.ClusterBarrier(
+            collective_axes=("cluster",), num_arrivals=WARPGROUPS, num_barriers=config.stages
+        )
+    else:
+        free = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=config.stages)
     scratch = {
         # wgmma wants one swizzle for both.
         "x_smem": plgpu.SMEM(
             (config.stages, WARPGROUPS, WARPGROUP_ROWS, TILE_K), x.dtype, transforms=swizzled(config.columns)
         ),
-        "w_smem": plgpu.SMEM((config.stages, TILE_K, config.columns), x.dtype, transforms=swizzled(config.columns)),
+        "w_smem": plgpu.SMEM((config.stages, halves, TILE_K, config.columns), x.dtype, transforms=swizzled(config.columns)),
         "out_smem": plgpu.SMEM((WARPGROUPS, 2, WARPGROUP_ROWS, out_columns), x.dtype, transforms=swizzled(out_columns)),
-        "full": plgpu.Barrier(num_arrivals=WARPGROUPS + 1, num_barriers=config.stages),
-        "free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=config.stages),
+        "full": plgpu.Barrier(num_arrivals=WARPGROUPS + halves, num_barriers=config.stages),
+        "free": free,
     }
+    tiles = -(-rows // (TILE_ROWS * config.cluster)) * (columns // config.columns)
     kernel = plgpu.kernel(
         functools.partial(_kernel, config, out_columns),
         out_type=jax.ShapeDtypeStruct((rows, columns), x.dtype),
         scratch_types=scratch,
-        grid=(columns // config.columns, -(-rows // TILE_ROWS)),
-        grid_names=("n", "m"),
+        grid=(min(_CTAS // config.cluster, tiles),),
+        grid_names=("tile",),
+        cluster=(config.cluster,),
+        cluster_names=("cluster",),
         num_threads=WARPGROUPS + 1,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(
@@ -109,7 +141,7 @@ def matmul(x: jax.Array, w: jax.Array, config: Config, *, interpret: bool) -> ja
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
         interpret=interpret_params(interpret),
-        kernel_name="matmul",
+        kernel_name="gated_matmul" if halves == 2 else "matmul",
     )
     return kernel(x, w)
 
@@ -128,18 +160,29 @@ def _kernel(
     free: Any,
 ) -> None:
     wg = lax.axis_index("wg")
-    column = lax.axis_index("n") * config.columns
-
-    def first_row(warpgroup: Any) -> Any:
-        """The second half of the last tile may lie behind x: it gets rows that are there, and is not stored."""
-        row = lax.axis_index("m") * TILE_ROWS + warpgroup * WARPGROUP_ROWS
-        return lax.min(row, jnp.int32(x.shape[0] - WARPGROUP_ROWS))
-
-    def is_inside(warpgroup: Any) -> Any:
-        return lax.axis_index("m") * TILE_ROWS + warpgroup * WARPGROUP_ROWS < x.shape[0]
-
+    halves = w.shape[1]
     steps = x.shape[1] // TILE_K
     registers = divide_registers(232, WARPGROUPS, 40)
+    # A unit is what a cluster computes at a time.
+    height = TILE_ROWS * config.cluster
+    down, across = -(-x.shape[0] // height), w.shape[2] // config.columns
+    group = _GROUP_ROWS // height
+    first, stride = lax.axis_index("tile"), lax.axis_size("tile")
+    count = lax.div(jnp.int32(down * across + stride - 1) - first, jnp.int32(stride))
+
+    def corner(i: Any) -> tuple[Any, Any]:
+        """Row and column of the tile that this CTA computes in round i."""
+        unit = first + i * stride
+        above = lax.div(unit, jnp.int32(group * across)) * group
+        high = lax.min(jnp.int32(down) - above, jnp.int32(group))
+        inside = unit - above * across
+        row = (above + lax.rem(inside, high)) * height + lax.axis_index("cluster") * TILE_ROWS
+        return row, lax.div(inside, high) * config.columns
+
+    def rows_of(row: Any, warpgroup: Any) -> Any:
+        """Rows behind the end of x are computed from rows that are there, and not stored."""
+        start = lax.min(row + warpgroup * WARPGROUP_ROWS, jnp.int32(x.shape[0] - WARPGROUP_ROWS))
+        return pl.ds(start, WARPGROUP_ROWS)
 
     def slot_of(step: Any) -> Any:
         return lax.rem(step, jnp.int32(config.stages))
@@ -148,28 +191,38 @@ def _kernel(
     def _compute():
         plgpu.set_max_registers(registers[0], action="increase")
 
-        def product(sums: Any) -> jax.Array:
-            def step(k: Any, _: Any) -> None:
-                slot = slot_of(k)
-                plgpu.barrier_wait(full.at[slot])
-                plgpu.wgmma(sums, x_smem.at[slot, wg], w_smem.at[slot])
-                plgpu.wgmma_wait(1)
-                pl.when(k > 0)(lambda: plgpu.barrier_arrive(free.at[slot_of(k - 1)]))
+        def tile(i: Any, _: Any) -> None:
+            row, column = corner(i)
+            begin = i * steps
 
-            lax.fori_loop(0, steps, step, None)
-            plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(free.at[slot_of(steps - 1)])
-            return sums[...]
+            def accumulate(*sums: Any) -> Any:
+                def step(k: Any, _: Any) -> None:
+                    slot = slot_of(begin + k)
+                    plgpu.barrier_wait(full.at[slot])
+                    for half in range(halves):
+                        plgpu.wgmma(sums[half], x_smem.at[slot, wg], w_smem.at[slot, half])
+                    plgpu.wgmma_wait(halves)
+                    pl.when(k > 0)(lambda: plgpu.barrier_arrive(free.at[slot_of(begin + k - 1)]))
 
-        sums = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, config.columns), jnp.float32))
-        for i, first in enumerate(range(0, config.columns, out_columns)):
-            staged = out_smem.at[wg, i % 2]
-            if i > 1:
+                lax.fori_loop(0, steps, step, None)
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(free.at[slot_of(begin + steps - 1)])
+                return tuple(part[...] for part in sums)
+
+            accumulator = plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, config.columns), jnp.float32)
+            sums = pl.run_scoped(accumulate, *[accumulator] * halves)
+            for n, start in enumerate(range(0, config.columns, out_columns)):
+                staged = out_smem.at[wg, n % 2]
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            staged[...] = sums[:, first : first + out_columns].astype(staged.dtype)
-            plgpu.commit_smem()
-            target = out.at[pl.ds(first_row(wg), WARPGROUP_ROWS), pl.ds(column + first, out_columns)]
-            pl.when(is_inside(wg))(lambda staged=staged, target=target: plgpu.copy_smem_to_gmem(staged, target))
+                part = [values[:, start : start + out_columns] for values in sums]
+                value = part[0] if halves == 1 else part[0] * part[1] / (1 + jnp.exp(-part[0]))
+                staged[...] = value.astype(staged.dtype)
+                plgpu.commit_smem()
+                target = out.at[rows_of(row, wg), pl.ds(column + start, out_columns)]
+                is_inside = row + wg * WARPGROUP_ROWS < x.shape[0]
+                pl.when(is_inside)(lambda staged=staged, target=target: plgpu.copy_smem_to_gmem(staged, target))
+
+        lax.fori_loop(0, count, tile, None)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     @pl.when(wg == WARPGROUPS)
@@ -180,15 +233,26 @@ def _kernel(
         def _warp(warp):
             @pl.when(warp == 0)
             def _():
-                def step(k: Any, _: Any) -> None:
-                    slot = slot_of(k)
-                    pl.when(k >= config.stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-                    part = pl.ds(k * TILE_K, TILE_K)
-                    for i in range(WARPGROUPS):
-                        source = x.at[pl.ds(first_row(i), WARPGROUP_ROWS), part]
-                        plgpu.copy_gmem_to_smem(source, x_smem.at[slot, i], full.at[slot])
-                    plgpu.copy_gmem_to_smem(w.at[part, pl.ds(column, config.columns)], w_smem.at[slot], full.at[slot])
+                def tile(i: Any, _: Any) -> None:
+                    row, column = corner(i)
 
-                lax.fori_loop(0, steps, step, None)
+                    def step(k: Any, _: Any) -> None:
+                        number = i * steps + k
+                        slot = slot_of(number)
+                        pl.when(number >= config.stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+                        part = pl.ds(k * TILE_K, TILE_K)
+                        for warpgroup in range(WARPGROUPS):
+                            source = x.at[rows_of(row, warpgroup), part]
+                            plgpu.copy_gmem_to_smem(source, x_smem.at[slot, warpgroup], full.at[slot])
+                        shared = {"collective_axes": "cluster"} if config.cluster > 1 else {}
+                        for half in range(halves):
+                            source = w.at[part, half, pl.ds(column, config.columns)]
+                            plgpu.copy_gmem_to_smem(source, w_smem.at[slot, half], full.at[slot], **shared)
+
+                    lax.fori_loop(0, steps, step, None)
+
+                lax.fori_loop(0, count, tile, None)
+                # A CTA stays until the other one of its cluster reads and writes nothing of it any more.
+                last = count * steps
                 drain = lambda k, _: plgpu.barrier_wait(free.at[slot_of(k)])  # noqa: E731
-                lax.fori_loop(max(steps - config.stages, 0), steps, drain, None)
+                lax.fori_loop(lax.max(last - config.stages, jnp.int32(0)), last, drain, None)

@@ -10,3 +10,6 @@ PRODUCTS = {
     "llama2_7b down": (11008, 4096),
 }
 ROWS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
+#: (K, N) of silu(x @ gate) * (x @ up), each of the two [K, N].
+GATED_PRODUCTS = {"llama3_8b": (4096, 14336), "llama2_7b": (4096, 11008)}
+GATED_ROWS = (*ROWS, 2048, 4096, 8192, 16384)

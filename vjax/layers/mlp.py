@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+import pallas_kernels
 from vjax.layers.linear import matmul
 from vjax.layers.param import param
 from vjax.layers.vectors import LayerVectors
@@ -22,10 +23,12 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: jax.Array, vectors: LayerVectors, implementation: str) -> jax.Array:
         """x `[T, hidden]` -> `[T, hidden]`."""
-        hidden, two, ffn = self.gate_up.shape
-        gate_up = matmul(x, self.gate_up[...].reshape(hidden, two * ffn), implementation).reshape(-1, two, ffn)
         if "gate_up_bias" in vectors:
-            gate_up = gate_up + vectors["gate_up_bias"]
-        gate, up = gate_up[:, 0].astype(jnp.float32), gate_up[:, 1].astype(jnp.float32)
-        out = matmul((jax.nn.silu(gate) * up).astype(x.dtype), self.down[...], implementation)
+            hidden, two, ffn = self.gate_up.shape
+            gate_up = matmul(x, self.gate_up[...].reshape(hidden, two * ffn), implementation).reshape(-1, two, ffn)
+            gate_up = (gate_up + vectors["gate_up_bias"]).astype(jnp.float32)
+            gated = (jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1]).astype(x.dtype)
+        else:
+            gated = pallas_kernels.gated_matmul(x, self.gate_up[...], implementation=implementation)
+        out = matmul(gated, self.down[...], implementation)
         return out + vectors["down_bias"] if "down_bias" in vectors else out
