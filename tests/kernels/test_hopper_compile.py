@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from pallas_kernels import tuning
 from pallas_kernels.ragged_paged_attention.shapes import MODELS
 from tests.kernels.cases import needs_mosaic
 
@@ -115,6 +117,13 @@ def kv_write(kv_heads, head_dim, block_size, num_tokens, dtype=jnp.bfloat16):
     function = lambda *arguments: pallas_kernels.write_kv(*arguments, implementation="mosaic_gpu")
     text = compile(function, cache, cache, new, new, spec((num_tokens,)), donate=(0, 1))
     print("COPIES", len(cache_copies(text, [cache.shape])))
+def product(gated, config, rows, depth, columns):
+    from pallas_kernels.matmul import mosaic_gpu
+    run = mosaic_gpu.gated_matmul if gated else mosaic_gpu.matmul
+    w = (depth, 2, columns) if gated else (depth, columns)
+    function = lambda x, w: run(x, w, mosaic_gpu.Config(*config), interpret=False)
+    text = compile(function, spec((rows, depth), jnp.bfloat16), spec(w, jnp.bfloat16))
+    print("COPIES", text.count(" copy("))
 def truncation(rows, vocab):
     options = [spec((rows,)), spec((rows,), jnp.float32), spec((rows,), jnp.float32)]
     function = lambda *arguments: pallas_kernels.truncate_logits(*arguments, implementation="mosaic_gpu")
@@ -187,6 +196,36 @@ def test_fp8_attention(options: dict[str, float]):
 )
 def test_other_ops(call: str, count: int):
     check(report(call), count)
+
+
+def tuned(kernel: str) -> list[dict]:
+    return json.loads(tuning.path_of("NVIDIA H200").read_text())["kernels"][kernel]
+
+
+@pytest.mark.parametrize("kernel", ["matmul", "gated_matmul"])
+def test_tuned_products(kernel: str):
+    """Each config once: rows change only how often its loops run."""
+    cases = {}
+    for entry in tuned(kernel):
+        config = tuple(entry["config"][name] for name in ("columns", "stages", "cluster"))
+        if config[0]:
+            cases[config] = (entry["sizes"]["rows"], entry["exact"]["depth"], entry["exact"]["columns"])
+    calls = [f"product({kernel == 'gated_matmul'}, {config}, *{shape})" for config, shape in cases.items()]
+    assert calls
+    check(report("\n".join(calls)), len(calls))
+
+
+def test_tuned_decode():
+    """What is tuned is what `plan_attention` takes for this device."""
+    names = {(heads, kv_heads, dim): name for name, (heads, kv_heads, dim) in reversed(MODELS.items())}
+    calls = []
+    for entry in tuned("decode_attention"):
+        exact, seqs = entry["exact"], entry["sizes"]["seqs"]
+        model = names[exact["group"] * exact["num_kv_heads"], exact["num_kv_heads"], exact["head_dim"]]
+        dtype = "float8_e4m3fn" if exact["fp8"] else "bfloat16"
+        rest = (exact["block_size"], seqs * exact["max_q_len"], seqs, exact["max_q_len"], {})
+        calls.append(f"attention(*{(*MODELS[model], *rest)}, jnp.{dtype})")
+    check(report("\n".join(calls)), len(calls))
 
 
 def test_report_parser_sees_spills():
