@@ -211,8 +211,10 @@ def _kernel(
 
             accumulator = plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, config.columns), jnp.float32)
             sums = pl.run_scoped(accumulate, *[accumulator] * halves)
+            parts = config.columns // out_columns
             for n, start in enumerate(range(0, config.columns, out_columns)):
-                staged = out_smem.at[wg, n % 2]
+                # Alternating across tiles too: only the copy before the last one is known to have been read.
+                staged = out_smem.at[wg, n % 2 if parts % 2 == 0 else lax.rem(i * parts + n, jnp.int32(2))]
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 part = [values[:, start : start + out_columns] for values in sums]
                 value = part[0] if halves == 1 else part[0] * part[1] / (1 + jnp.exp(-part[0]))
