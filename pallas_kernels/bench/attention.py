@@ -71,6 +71,7 @@ PREFILL = (
     Shape(16, 512, 512),
     Shape(1, 2048, 18432),
     Shape(1, 8192, 8192, block_size=64),
+    Shape(1, 8192, 8192, head_dim=64),
     Shape(1, 8192, 8192, heads=16, head_dim=256),
     Shape(1, 8192, 8192, kv_dtype="float8_e4m3fn"),
 )

@@ -57,6 +57,15 @@ def add_rms_norm() -> tuple[jax.Array, ...]:
     return pallas_kernels.add_rms_norm(x, x, weight, eps=1e-5, implementation="mosaic_gpu")
 
 
+def products() -> jax.Array:
+    """More tiles than a CTA computes at a time, the last one half empty, and clusters."""
+    from pallas_kernels.matmul import mosaic_gpu
+
+    x, w = jnp.ones((2240, 128), jnp.bfloat16), jnp.ones((128, 2, 1152), jnp.bfloat16)
+    gated = mosaic_gpu.gated_matmul(x, w, mosaic_gpu.Config(128, 4, 2), interpret=False)
+    return gated + mosaic_gpu.matmul(x, w[:, 0], mosaic_gpu.Config(192, 4), interpret=False)
+
+
 def truncate(rows: int, vocab: int) -> jax.Array:
     logits = jax.random.normal(jax.random.key(0), (rows, vocab))
     options = jnp.array([0, 5, 50], jnp.int32), jnp.array([0.9, 1.0, 0.9], jnp.float32), jnp.zeros(3, jnp.float32)
@@ -86,6 +95,7 @@ CASES = {
     "write_kv": lambda: write_kv([0, -1, NUM_BLOCKS * BLOCK - 1]),
     "rope_write_kv": rope_write_kv,
     "add_rms_norm": add_rms_norm,
+    "products": products,
     # Rows of one warpgroup, a row for each SM, two rows for one.
     "truncate": lambda: truncate(3, 1283),
     "truncate_wide": lambda: truncate(3, 16411),
