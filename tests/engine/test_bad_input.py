@@ -261,7 +261,9 @@ def test_gpu_memory(llm):
     config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, kv_cache_memory_bytes=None))
     arch = arch_config_from_hf(read_hf_config(resolve_model_path("vjax-tiny")))
     with pytest.raises(ValueError) as e:
-        num_kv_blocks(config, arch, kv_head_dim=64, kv_itemsize=2, itemsize=2, weight_bytes=0, device=FakeGpu(128 << 20))
+        num_kv_blocks(
+            config, arch, kv_head_dim=64, kv_itemsize=2, itemsize=2, weight_bytes=0, device=FakeGpu(128 << 20)
+        )
     assert type(e.value) is OutOfMemoryError
     says(e, "gpu_memory_utilization=0.92", f"max_model_len={MAX_LEN}", "needs 9", "Raise gpu_memory_utilization")
 

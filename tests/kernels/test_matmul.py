@@ -13,6 +13,8 @@ from pallas_kernels.matmul import reference
 from tests.kernels.cases import needs_mosaic
 
 ROWS, DEPTH, WIDTH = 192, 256, 768
+#: Where a sum lies between two values of bfloat16, the kernel and the reference may round it either way.
+TWO_ROUNDINGS = 2.0**-7
 
 
 def operands(rows: int, depth: int, width: int, dtype) -> tuple[jax.Array, jax.Array]:
@@ -121,12 +123,12 @@ def test_on_the_gpu(rows: int):
     x, w = operands(rows, 4096, 6144, jnp.bfloat16)
     for config in mosaic_gpu.candidates(rows, 4096, 6144)[1:]:
         first = mosaic_gpu.matmul(x, w, config, interpret=False)
-        check(first, x, w, 2.0**-8)
+        check(first, x, w, TWO_ROUNDINGS)
         assert jnp.array_equal(mosaic_gpu.matmul(x, w, config, interpret=False), first)
     x, w = gated_operands(rows, 4096, 2816, jnp.bfloat16)
     for config in mosaic_gpu.candidates(rows, 4096, 2816, gated=True)[1:]:
         first = mosaic_gpu.gated_matmul(x, w, config, interpret=False)
-        check(first, x, w, 2.0**-8)
+        check(first, x, w, TWO_ROUNDINGS)
         assert jnp.array_equal(mosaic_gpu.gated_matmul(x, w, config, interpret=False), first)
 
 
