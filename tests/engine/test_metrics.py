@@ -268,6 +268,28 @@ def test_aborted_requests(make, overlapped):
     assert series["request_decode_time_seconds"].sum == 1.0
 
 
+def test_a_step_that_never_reached_the_device_leaves_no_trace(make, monkeypatch):
+    engine, clock = make()
+    runner = engine._core.runner
+
+    def interrupted(scheduled):
+        raise KeyboardInterrupt
+
+    engine.add_request("r", [1, 2, 3], params(2), arrival_time=100.0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runner, "execute", interrupted)
+        engine.step()
+    (request,) = engine._core.scheduler._state.requests.values()
+    assert request.metrics.scheduled_ts == 0.0
+    clock.now += 3.0
+    metrics = run(engine)["r"].metrics
+    assert metrics is not None
+    assert (metrics.scheduled_ts, metrics.queued_time, metrics.first_token_ts) == (103.0, 3.0, 103.5)
+    series = read(engine)
+    assert series["prefix_cache_queries"].value == series["prompt_tokens"].value == 3
+    assert series["request_queue_time_seconds"].count == 1
+
+
 def test_the_completions_of_a_prompt(make):
     """Three completions on two rows: the third follows when the first two are done."""
     engine, _ = make(max_num_seqs=2)

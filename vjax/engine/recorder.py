@@ -51,7 +51,7 @@ class MetricsRecorder:
     def __init__(self, max_model_len: int, cache: CacheConfig, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
         self._cache_info = {f.name: str(getattr(cache, f.name)) for f in dataclasses.fields(cache)}
-        self._num_finished = dict.fromkeys(FINISH_REASONS, 0)
+        self._num_finished: dict[str, int] = dict.fromkeys(FINISH_REASONS, 0)
         self._num_tokens = 0
         self._throughput = ThroughputLogger()
         self._now = 0.0
@@ -137,7 +137,7 @@ class MetricsRecorder:
     # ---- steps --------------------------------------------------------------------------------------------------
 
     def record_step(self, stats: SchedulerStats) -> None:
-        """Takes the scheduler's numbers after a step."""
+        """Takes the scheduler's numbers after a step's outputs."""
         num_tokens = stats.prompt_tokens + stats.generation_tokens
         if num_tokens > self._num_tokens:
             self._iteration_tokens.observe(num_tokens - self._num_tokens)
