@@ -6,6 +6,7 @@
 | VJAX_CACHE_DIR | folder for lowered and compiled programs | ~/.cache/vjax |
 | VJAX_COMPILE_CACHE | 0: do not keep lowered and compiled programs between processes | 1 |
 | VJAX_LOG_LEVEL | DEBUG, INFO, WARNING or ERROR | INFO |
+| VJAX_LOG_FORMAT | text, or json: every log record is one JSON object on a line of its own | text |
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from vjax.errors import ConfigError
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+LOG_FORMATS = ("text", "json")
 
 _RELEVANT = ("VJAX_", "VLLM_", "JAX_", "XLA_", "CUDA_", "HF_", "LD_LIBRARY_PATH", "TOKENIZERS_")
 _SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD")
@@ -75,14 +77,22 @@ def relevant() -> dict[str, str]:
 
 def log_level() -> str:
     """One of LOG_LEVELS. Raises: ConfigError for another name."""
-    level = os.environ.get("VJAX_LOG_LEVEL", "").strip().upper() or "INFO"
-    if level not in LOG_LEVELS:
+    return _choice("VJAX_LOG_LEVEL", os.environ.get("VJAX_LOG_LEVEL", "").strip().upper() or "INFO", LOG_LEVELS)
+
+
+def log_format() -> str:
+    """One of LOG_FORMATS. Raises: ConfigError for another name."""
+    return _choice("VJAX_LOG_FORMAT", os.environ.get("VJAX_LOG_FORMAT", "").strip().lower() or "text", LOG_FORMATS)
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
         raise ConfigError(
-            f"VJAX_LOG_LEVEL={level!r} must be one of {', '.join(LOG_LEVELS)}; set one of these or unset it.",
-            parameter="VJAX_LOG_LEVEL",
-            value=level,
+            f"{name}={value!r} must be one of {', '.join(choices)}; set one of these or unset it.",
+            parameter=name,
+            value=value,
         )
-    return level
+    return value
 
 
 def _switch(name: str, default: bool) -> bool:

@@ -188,7 +188,7 @@ class LLM:
         return self.llm_engine.get_default_sampling_params()
 
     def get_metrics(self) -> list[Metric]:
-        """Counters and gauges; needs disable_log_stats=False."""
+        """vLLM's counters, gauges and histograms, as "vjax:..."; needs disable_log_stats=False."""
         return self.llm_engine.get_metrics()
 
     def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:

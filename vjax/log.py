@@ -1,10 +1,16 @@
-"""Logging: one line per record on stderr, under the logger "vjax" (so an application can reconfigure it as usual)."""
+"""Logging: one line per record on stderr, under the logger "vjax" (so an application can reconfigure it as usual).
+
+With VJAX_LOG_FORMAT=json a line is a JSON object: "time", "level", "logger", "message", "exception" where there is one,
+and the numbers of the message by name where the record has them (`extra={"fields": {...}}`).
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import threading
+from datetime import UTC, datetime
 
 from vjax import envs
 
@@ -26,10 +32,24 @@ class _StderrHandler(logging.StreamHandler):
         return sys.stderr
 
 
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        return json.dumps(fields, default=str)
+
+
 def logger(name: str = "") -> logging.Logger:
     """The logger "vjax.<name>" ("vjax" for an empty name; a name that starts with "vjax" is used as it is).
 
-    The first call sets level and handler of "vjax", unless the application already gave that logger a handler.
+    The first call sets level, format and handler of "vjax", unless the application already gave that logger a handler.
     """
     _configure()
     if not name or name == "vjax" or name.startswith("vjax."):
@@ -62,8 +82,9 @@ def _configure() -> None:
         if root.handlers:
             return
         level = envs.log_level()
+        is_json = envs.log_format() == "json"
         handler = _StderrHandler()
-        handler.setFormatter(logging.Formatter(_FORMAT, _TIME_FORMAT))
+        handler.setFormatter(_JsonFormatter() if is_json else logging.Formatter(_FORMAT, _TIME_FORMAT))
         root.addHandler(handler)
         root.setLevel(level)
         root.propagate = False

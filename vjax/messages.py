@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from vjax.outputs import RequestMetrics
 from vjax.sampling_params import SamplingParams
 
 #: In `SchedulerOutput.token_ids`: the token is the one that the row sampled last, which only the device may know yet.
@@ -30,6 +31,8 @@ class EngineRequest:
     #: Lower runs first under the "priority" policy.
     priority: int = 0
     cache_salt: str | None = None
+    #: Where the scheduler notes what it alone sees: first admission, cached tokens, preemptions. None: nobody asks.
+    metrics: RequestMetrics | None = None
 
 
 @dataclass(slots=True)

@@ -10,20 +10,89 @@ FINISH_REASONS = ("stop", "length", "abort", "error")
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Times and counts of one request; collected unless `disable_log_stats` is set.
+    """Times and counts of one request; collected unless `disable_log_stats` is set. With n > 1 of its completions
+    together: the first of them to be scheduled, the first token of any, the last token of all.
 
-    `arrival_time` is wall time (seconds since the epoch), the `*_ts` are monotonic seconds of one clock, 0 until they
-    happen, and `first_token_latency` is seconds from arrival.
+    `arrival_time` is wall time (seconds since the epoch), the `*_ts` are seconds of one monotonic clock, 0 until they
+    happen, and `first_token_latency` is seconds from arrival: vLLM's RequestStateStats. The properties, None until what
+    they need has happened, are the durations of its FinishedRequestStats and the wall times of V0's RequestMetrics.
     """
 
     num_generation_tokens: int = 0
+    #: Prompt tokens that the prefix cache served when the request was first scheduled.
+    num_cached_tokens: int = 0
     num_preemptions: int = 0
     arrival_time: float = 0.0
+    arrival_ts: float = 0.0
+    #: The engine accepted it.
     queued_ts: float = 0.0
+    #: It was scheduled for the first time.
     scheduled_ts: float = 0.0
     first_token_ts: float = 0.0
     last_token_ts: float = 0.0
+    finished_ts: float = 0.0
     first_token_latency: float = 0.0
+
+    @property
+    def queued_time(self) -> float | None:
+        """Seconds from accepted to scheduled."""
+        return _between(self.queued_ts, self.scheduled_ts)
+
+    @property
+    def prefill_time(self) -> float | None:
+        """Seconds from scheduled to the first token, preemptions included."""
+        return _between(self.scheduled_ts, self.first_token_ts)
+
+    @property
+    def decode_time(self) -> float | None:
+        """Seconds from the first token to the last so far, preemptions included."""
+        return _between(self.first_token_ts, self.last_token_ts)
+
+    @property
+    def inference_time(self) -> float | None:
+        """Seconds from scheduled to the last token so far."""
+        return _between(self.scheduled_ts, self.last_token_ts)
+
+    @property
+    def e2e_latency(self) -> float | None:
+        """Seconds from arrival to the end."""
+        return _between(self.arrival_ts, self.finished_ts)
+
+    @property
+    def mean_time_per_output_token(self) -> float | None:
+        """`decode_time` over the tokens after the first; 0 where there are none, as in vLLM."""
+        decode_time = self.decode_time
+        if decode_time is None:
+            return None
+        return decode_time / (self.num_generation_tokens - 1) if self.num_generation_tokens > 1 else 0.0
+
+    @property
+    def time_in_queue(self) -> float | None:
+        """Seconds from arrival to scheduled."""
+        return _between(self.arrival_ts, self.scheduled_ts)
+
+    @property
+    def first_scheduled_time(self) -> float | None:
+        return self._wall_time(self.scheduled_ts)
+
+    @property
+    def first_token_time(self) -> float | None:
+        return self._wall_time(self.first_token_ts)
+
+    @property
+    def last_token_time(self) -> float | None:
+        return self._wall_time(self.last_token_ts)
+
+    @property
+    def finished_time(self) -> float | None:
+        return self._wall_time(self.finished_ts)
+
+    def _wall_time(self, ts: float) -> float | None:
+        return self.arrival_time + ts - self.arrival_ts if ts else None
+
+
+def _between(start: float, end: float) -> float | None:
+    return end - start if start and end else None
 
 
 @dataclass(slots=True, repr=False)

@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass, field
 
 from vjax.messages import EngineRequest
+from vjax.outputs import RequestMetrics
 from vjax.sampling_params import SamplingParams
 
 
@@ -61,8 +62,8 @@ class Request:
     num_preemptions: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    #: Monotonic times in seconds.
-    first_scheduled_time: float | None = None
+    #: The front end's record of it; None with disable_log_stats.
+    metrics: RequestMetrics | None = None
 
     @classmethod
     def from_engine_request(cls, r: EngineRequest, max_model_len: int) -> Request:
@@ -77,6 +78,7 @@ class Request:
             arrival_time=r.arrival_time,
             priority=r.priority,
             cache_salt=r.cache_salt,
+            metrics=r.metrics,
             max_num_tokens=min(len(r.prompt_token_ids) + r.sampling_params.max_tokens, max_model_len),
             stop_ids=r.sampling_params.all_stop_token_ids.union(eos),
         )

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import logging
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,14 @@ from vjax.errors import ConfigError
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
-    for name in ("VJAX_USE_V1", "VLLM_USE_V1", "VJAX_CACHE_DIR", "VJAX_COMPILE_CACHE", "VJAX_LOG_LEVEL"):
+    for name in (
+        "VJAX_USE_V1",
+        "VLLM_USE_V1",
+        "VJAX_CACHE_DIR",
+        "VJAX_COMPILE_CACHE",
+        "VJAX_LOG_LEVEL",
+        "VJAX_LOG_FORMAT",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -46,6 +55,37 @@ def test_log_level(monkeypatch):
     monkeypatch.setenv("VJAX_LOG_LEVEL", "loud")
     with pytest.raises(ConfigError, match="VJAX_LOG_LEVEL='LOUD' must be one of DEBUG, INFO, WARNING, ERROR"):
         envs.log_level()
+
+
+def test_log_format(monkeypatch):
+    assert envs.log_format() == "text"
+    monkeypatch.setenv("VJAX_LOG_FORMAT", "JSON")
+    assert envs.log_format() == "json"
+    monkeypatch.setenv("VJAX_LOG_FORMAT", "xml")
+    with pytest.raises(ConfigError, match="VJAX_LOG_FORMAT='xml' must be one of text, json"):
+        envs.log_format()
+
+
+def test_json_records(monkeypatch, capsys):
+    monkeypatch.setenv("VJAX_LOG_FORMAT", "json")
+    monkeypatch.setattr(logging.getLogger("vjax"), "handlers", [])
+    logger = log.logger("part")
+    logger.info("two\nlines, %d%%", 50)
+    logger.info("rate %.1f", 2.5, extra={"fields": {"rate": 2.5, "where": Path("a")}})
+    try:
+        raise ValueError("bad")
+    except ValueError:
+        logger.exception("it failed")
+    logger.debug("not at level INFO")
+    out, err = capsys.readouterr()
+    assert out == ""
+    first, second, third = map(json.loads, err.splitlines())
+    now = datetime.now(UTC)
+    assert abs((datetime.fromisoformat(first.pop("time")) - now).total_seconds()) < 60
+    assert first == {"level": "INFO", "logger": "vjax.part", "message": "two\nlines, 50%"}
+    assert (second["message"], second["rate"], second["where"]) == ("rate 2.5", 2.5, "a")
+    assert third["level"] == "ERROR" and third["message"] == "it failed"
+    assert third["exception"].startswith("Traceback") and third["exception"].endswith("ValueError: bad")
 
 
 def test_one_line_on_stderr(capsys):

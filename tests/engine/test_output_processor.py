@@ -4,8 +4,10 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from vjax.config.cache import CacheConfig
 from vjax.engine.input_processor import ProcessedRequest
 from vjax.engine.output_processor import OutputProcessor
+from vjax.engine.recorder import MetricsRecorder
 from vjax.messages import EngineOutput, EngineRequest
 from vjax.outputs import RequestOutput
 from vjax.sampling_params import RequestOutputKind, SamplingParams
@@ -195,8 +197,11 @@ def test_without_tokenizer():
 @pytest.mark.parametrize("kind", list(RequestOutputKind))
 def test_metrics(tokenizer, kind):
     now = [12.0]
-    engine = Engine(tokenizer, log_stats=True, clock=lambda: now[0])
-    engine.add("a", kind)
+    recorder = MetricsRecorder(64, CacheConfig(), clock=lambda: now[0])
+    engine = Engine(tokenizer, recorder=recorder)
+    processed = request("a", kind)
+    recorder.queue(processed)
+    engine.processor.add_request(processed)
     now[0] = 13.0
     engine.step(("a", "xy"))
     now[0] = 15.0
@@ -204,5 +209,6 @@ def test_metrics(tokenizer, kind):
     metrics = out.metrics
     assert metrics is not None
     assert (metrics.queued_ts, metrics.first_token_ts, metrics.last_token_ts) == (12.0, 13.0, 15.0)
+    assert (metrics.finished_ts, metrics.e2e_latency) == (15.0, 5.0)
     assert (metrics.num_generation_tokens, metrics.first_token_latency) == (3, 3.0)
     assert metrics.arrival_time > 1e9  # since the epoch

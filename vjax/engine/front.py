@@ -16,9 +16,10 @@ from vjax.engine.builder import build_engine
 from vjax.engine.input_processor import InputProcessor
 from vjax.engine.interrupt import DeferInterrupt
 from vjax.engine.output_processor import OutputProcessor
+from vjax.engine.recorder import MetricsRecorder
 from vjax.errors import VjaxValidationError
 from vjax.log import logger
-from vjax.metrics import EngineMetrics, Metric
+from vjax.metrics import Metric
 from vjax.outputs import RequestOutput
 from vjax.sampling_params import SamplingParams
 from vjax.text.tokenizer import Tokenizer
@@ -52,9 +53,10 @@ class BaseLLMEngine:
             tokenizer=self.tokenizer,
             eos_token_ids=built.arch.eos_token_ids,
         )
-        self._outputs = OutputProcessor(self.tokenizer, log_stats=not args.disable_log_stats)
-        self._metrics = EngineMetrics()
-        self._log_stats = not args.disable_log_stats
+        self._recorder: MetricsRecorder | None = None
+        if not args.disable_log_stats:
+            self._recorder = MetricsRecorder(built.config.model.max_model_len, built.config.cache)
+        self._outputs = OutputProcessor(self.tokenizer, self._recorder)
         self._undelivered: list[RequestOutput] = []
 
     @classmethod
@@ -91,9 +93,11 @@ class BaseLLMEngine:
                 parameter="request_id",
                 value=request_id,
             )
-        processed = self._inputs.process(
-            request_id, prompt, params, priority=priority, arrival_time=arrival_time or time.monotonic()
-        )
+        if arrival_time is None:
+            arrival_time = time.monotonic()
+        processed = self._inputs.process(request_id, prompt, params, priority=priority, arrival_time=arrival_time)
+        if self._recorder is not None:
+            self._recorder.queue(processed)
         added: list[str] = []
         try:
             for request in processed.requests:
@@ -107,8 +111,7 @@ class BaseLLMEngine:
     def abort_request(self, request_ids: str | Sequence[str]) -> None:
         """Ends requests; unknown and finished ids are ignored."""
         ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
-        aborted = self._core.abort_requests(self._outputs.abort(ids))
-        self._metrics.record_aborts(len(aborted))
+        self._core.abort_requests(self._outputs.abort(ids))
 
     def step(self) -> list[RequestOutput]:
         """One step of the engine.
@@ -138,8 +141,8 @@ class BaseLLMEngine:
         request_outputs, to_abort = self._outputs.process(core_outputs)
         if to_abort:
             self._core.abort_requests(to_abort)
-        if self._log_stats:
-            self._metrics.record(self._core.scheduler.stats(), core_outputs)
+        if self._recorder is not None:
+            self._recorder.record_step(self._core.scheduler.stats())
         return request_outputs
 
     def has_unfinished_requests(self) -> bool:
@@ -157,14 +160,14 @@ class BaseLLMEngine:
         return self.tokenizer
 
     def get_metrics(self) -> list[Metric]:
-        """Counters, gauges and histograms under vLLM's names with the prefix "vjax:".
+        """vLLM's series, under its names with the prefix "vjax:"; see `vjax.engine.recorder`.
 
         Raises:
             VjaxValidationError: The engine was created with disable_log_stats=True.
         """
-        if not self._log_stats:
+        if self._recorder is None:
             raise VjaxValidationError("Metrics are off: create the engine with disable_log_stats=False.")
-        return self._metrics.snapshot(self._core.scheduler.stats())
+        return self._recorder.snapshot(self._core.scheduler.stats())
 
     def get_default_sampling_params(self) -> SamplingParams:
         """vLLM's defaults, overridden by the model's generation_config.json."""

@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from vjax.engine.input_processor import ProcessedRequest
+from vjax.engine.recorder import MetricsRecorder, merged
 from vjax.messages import EngineOutput
 from vjax.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from vjax.sampling_params import RequestOutputKind
@@ -19,25 +19,26 @@ from vjax.text.tokenizer import Tokenizer
 class _Prompt:
     """A user's request: one prompt and its completions."""
 
-    __slots__ = ("metrics", "num_cached_tokens", "num_running", "processed", "sequences")
+    __slots__ = ("num_cached_tokens", "num_running", "processed", "sequences")
 
-    def __init__(self, processed: ProcessedRequest, tokenizer: Tokenizer | None, metrics: RequestMetrics | None):
+    def __init__(self, processed: ProcessedRequest, tokenizer: Tokenizer | None):
         self.processed = processed
         self.sequences = [_Sequence(self, i, tokenizer) for i in range(len(processed.requests))]
         self.num_running = len(self.sequences)
         self.num_cached_tokens: int | None = None
-        self.metrics = metrics
 
 
 class _Sequence:
     """One completion."""
 
-    __slots__ = ("completion", "detokenizer", "index", "num_shown_tokens", "prompt", "quiet", "token_ids")
+    __slots__ = ("completion", "detokenizer", "index", "metrics", "num_shown_tokens", "prompt", "quiet", "token_ids")
 
     def __init__(self, prompt: _Prompt, index: int, tokenizer: Tokenizer | None):
         processed = prompt.processed
         self.prompt = prompt
         self.index = index
+        #: None with disable_log_stats.
+        self.metrics = processed.requests[index].metrics
         self.detokenizer = make_detokenizer(tokenizer, processed.prompt_token_ids, processed.params)
         self.token_ids = self.detokenizer.token_ids
         self.num_shown_tokens = 0
@@ -50,18 +51,15 @@ class _Sequence:
 class OutputProcessor:
     """Keeps the text side of every unfinished request."""
 
-    def __init__(
-        self, tokenizer: Tokenizer | None, *, log_stats: bool = False, clock: Callable[[], float] = time.monotonic
-    ):
+    def __init__(self, tokenizer: Tokenizer | None, recorder: MetricsRecorder | None = None):
         """
         Args:
             tokenizer: None: texts stay empty.
-            log_stats: Fill `RequestOutput.metrics`.
-            clock: Monotonic seconds, the clock of `ProcessedRequest.arrival_time`.
+            recorder: Told when tokens arrive and requests end; its `queue` has seen what `add_request` gets. None:
+                nothing is recorded.
         """
         self._tokenizer = tokenizer
-        self._log_stats = log_stats
-        self._clock = clock
+        self._recorder = recorder
         self._prompts: dict[str, _Prompt] = {}
         self._sequences: dict[str, _Sequence] = {}
 
@@ -76,11 +74,7 @@ class OutputProcessor:
 
     def add_request(self, processed: ProcessedRequest) -> None:
         """Prepares for the outputs of `processed.requests`. Its ids are not in use (see `has_request`)."""
-        metrics = None
-        if self._log_stats:
-            now = self._clock()
-            metrics = RequestMetrics(arrival_time=time.time() - (now - processed.arrival_time), queued_ts=now)
-        prompt = _Prompt(processed, self._tokenizer, metrics)
+        prompt = _Prompt(processed, self._tokenizer)
         self._prompts[processed.request_id] = prompt
         for request, sequence in zip(processed.requests, prompt.sequences, strict=True):
             assert request.request_id not in self._sequences, request.request_id
@@ -93,10 +87,14 @@ class OutputProcessor:
             Ids of the unfinished completions, which the core must abort.
         """
         to_abort: list[str] = []
+        if self._recorder is not None:
+            self._recorder.tick()
         for request_id in request_ids:
             if prompt := self._prompts.pop(request_id, None):
-                ids = [request.request_id for request in prompt.processed.requests]
-                to_abort += [i for i in ids if self._sequences.pop(i, None) is not None]
+                for request in prompt.processed.requests:
+                    if sequence := self._sequences.pop(request.request_id, None):
+                        to_abort.append(request.request_id)
+                        self._finish(sequence, "abort")
         return to_abort
 
     def process(self, outputs: Sequence[EngineOutput]) -> tuple[list[RequestOutput], list[str]]:
@@ -112,13 +110,20 @@ class OutputProcessor:
         shown: list[RequestOutput] = []
         to_abort: list[str] = []
         sequences = self._sequences
-        now = self._clock() if self._log_stats else 0.0
+        recorder = self._recorder
+        now = recorder.tick() if recorder is not None else 0.0
+        previous_times: list[float] = []
         for output in outputs:
             sequence = sequences.get(output.request_id)
             if sequence is None:
                 continue
-            if now and output.new_token_ids:
-                _record_tokens(sequence.prompt, len(output.new_token_ids), now)
+            metrics = sequence.metrics
+            if metrics is not None and output.new_token_ids:
+                if last := metrics.last_token_ts:
+                    previous_times.append(last)
+                elif recorder is not None:
+                    recorder.first_token(metrics)
+                metrics.last_token_ts = now
             if sequence.quiet and output.finish_reason is None:
                 sequence.token_ids.extend(output.new_token_ids)
                 continue
@@ -127,6 +132,8 @@ class OutputProcessor:
             request_output = self._show(sequence, output)
             if request_output is not None:
                 shown.append(request_output)
+        if recorder is not None:
+            recorder.tokens(previous_times)
         return shown, to_abort
 
     def _update(self, sequence: _Sequence, output: EngineOutput) -> bool:
@@ -144,10 +151,9 @@ class OutputProcessor:
     def _show(self, sequence: _Sequence, output: EngineOutput) -> RequestOutput | None:
         prompt = sequence.prompt
         kind = prompt.processed.params.output_kind
-        finished = output.finish_reason is not None
-        if finished:
+        if output.finish_reason is not None:
             del self._sequences[output.request_id]
-            prompt.num_running -= 1
+            self._finish(sequence, output.finish_reason)
             if prompt.num_running == 0:
                 del self._prompts[prompt.processed.request_id]
         elif kind is RequestOutputKind.FINAL_ONLY or not output.new_token_ids:
@@ -159,6 +165,15 @@ class OutputProcessor:
         if prompt.num_running:
             return None
         return _request_output(prompt, [s.completion for s in prompt.sequences if s.completion is not None])
+
+    def _finish(self, sequence: _Sequence, reason: str) -> None:
+        prompt = sequence.prompt
+        prompt.num_running -= 1
+        if self._recorder is None or sequence.metrics is None:
+            return
+        self._recorder.completion_finished(sequence.metrics, prompt.processed, len(sequence.token_ids), reason)
+        if prompt.num_running == 0:
+            self._recorder.prompt_finished([len(s.token_ids) for s in prompt.sequences])
 
 
 def _completion(sequence: _Sequence, output: EngineOutput, delta: bool) -> CompletionOutput:
@@ -186,17 +201,19 @@ def _request_output(prompt: _Prompt, completions: list[CompletionOutput]) -> Req
         prompt_token_ids=prompt.processed.prompt_token_ids,
         outputs=completions,
         finished=prompt.num_running == 0,
-        metrics=prompt.metrics,
+        metrics=_metrics(prompt),
         num_cached_tokens=prompt.num_cached_tokens,
     )
 
 
-def _record_tokens(prompt: _Prompt, num_tokens: int, now: float) -> None:
-    metrics = prompt.metrics
-    if metrics is None:
-        return
-    if not metrics.first_token_ts:
-        metrics.first_token_ts = now
-        metrics.first_token_latency = now - prompt.processed.arrival_time
-    metrics.last_token_ts = now
-    metrics.num_generation_tokens += num_tokens
+def _metrics(prompt: _Prompt) -> RequestMetrics | None:
+    """Of the completion, or of all of them together."""
+    first, *others = prompt.sequences
+    if first.metrics is None:
+        return None
+    if others:
+        metrics = merged([s.metrics for s in prompt.sequences if s.metrics is not None])
+        metrics.num_generation_tokens = sum(len(s.token_ids) for s in prompt.sequences)
+        return metrics
+    first.metrics.num_generation_tokens = len(first.token_ids)
+    return first.metrics

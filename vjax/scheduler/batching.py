@@ -7,7 +7,6 @@ arXiv:2403.02310).
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -118,7 +117,10 @@ def _note_admission(state: SchedulerState, step: StepBuilder, request: Request) 
     if request.num_cached_tokens is None:
         step.first_admitted.append(request)
         request.num_cached_tokens = request.num_computed_tokens
-        request.first_scheduled_time = time.monotonic()
+        if request.metrics is not None:
+            request.metrics.scheduled_ts = state.clock()
+            request.metrics.num_cached_tokens = request.num_cached_tokens
         if state.kv.pool.enable_caching:
+            state.stats.prefix_cache_requests += 1
             state.stats.prefix_cache_queries += request.num_tokens
             state.stats.prefix_cache_hits += request.num_cached_tokens

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 from vjax.config.cache import CacheConfig
 from vjax.config.scheduler import SchedulerConfig
 from vjax.scheduler.batching import ContinuousBatching
@@ -9,6 +12,8 @@ from vjax.scheduler.scheduler import Scheduler
 from vjax.scheduler.static_batch import StaticBatch
 
 
-def make_scheduler(config: SchedulerConfig, cache: CacheConfig) -> Scheduler:
+def make_scheduler(
+    config: SchedulerConfig, cache: CacheConfig, clock: Callable[[], float] = time.monotonic
+) -> Scheduler:
     """V0's scheduler for `config.static_batch`, else V1's. `cache.num_gpu_blocks` must be known."""
-    return Scheduler(config, cache, StaticBatch() if config.static_batch else ContinuousBatching())
+    return Scheduler(config, cache, StaticBatch() if config.static_batch else ContinuousBatching(), clock)

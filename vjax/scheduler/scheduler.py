@@ -8,7 +8,8 @@ never dispatched), `fail_step` (the device failed it), `reset_prefix_cache` (its
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from vjax.config.cache import CacheConfig
@@ -29,14 +30,21 @@ class Scheduler:
         config: Limits and policy.
         cache: `num_gpu_blocks` must be known.
         policy: How steps are filled; `make_scheduler` picks it.
+        clock: Monotonic seconds, of the times in `EngineRequest.metrics`.
     """
 
-    def __init__(self, config: SchedulerConfig, cache: CacheConfig, policy: BatchingPolicy):
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        cache: CacheConfig,
+        policy: BatchingPolicy,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         budget, max_len = config.max_num_batched_tokens, config.max_model_len
         assert config.enable_chunked_prefill or budget >= max_len, "a whole prompt must fit into the budget"
         self._config = config
         self._policy = policy
-        self._state = SchedulerState(config, cache)
+        self._state = SchedulerState(config, cache, clock)
         self._next_step_id = 0
         self._num_added = 0
 
@@ -102,6 +110,7 @@ class Scheduler:
             num_tokens = len(token_ids)
             if num_tokens == request.num_prompt_tokens + 1:
                 state.stats.prompt_tokens += request.num_prompt_tokens
+                state.stats.prompt_tokens_cached += request.num_cached_tokens or 0
             if token_id in request.stop_ids or num_tokens >= request.max_num_tokens:
                 self._finish_with(request, token_id)
                 num_finished += 1
@@ -256,6 +265,9 @@ class Scheduler:
     def _forget_admission(self, request: Request) -> None:
         stats = self._state.stats
         if self._state.kv.pool.enable_caching:
+            stats.prefix_cache_requests -= 1
             stats.prefix_cache_queries -= request.num_tokens
             stats.prefix_cache_hits -= request.num_cached_tokens or 0
-        request.num_cached_tokens = request.first_scheduled_time = None
+        request.num_cached_tokens = None
+        if request.metrics is not None:
+            request.metrics.scheduled_ts, request.metrics.num_cached_tokens = 0.0, 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from collections.abc import Callable
 
 from vjax.config.cache import CacheConfig
 from vjax.config.scheduler import SchedulerConfig
@@ -20,8 +22,9 @@ class SchedulerState:
     tokens. Steps execute in order, so what a request held can be given away at once, whatever is in flight.
     """
 
-    def __init__(self, config: SchedulerConfig, cache: CacheConfig):
+    def __init__(self, config: SchedulerConfig, cache: CacheConfig, clock: Callable[[], float] = time.monotonic):
         self.config = config
+        self.clock = clock
         self.kv = KVCacheManager(cache.num_gpu_blocks, cache.block_size, cache.enable_prefix_caching)
         self.requests: dict[str, Request] = {}
         self.running: list[Request] = []
@@ -44,6 +47,8 @@ class SchedulerState:
         """Running to waiting: its KV is given up, to be computed again; its tokens stay."""
         request.num_preemptions += 1
         self.stats.num_preemptions += 1
+        if request.metrics is not None:
+            request.metrics.num_preemptions = request.num_preemptions
         self.stop(request)
 
     def stop(self, request: Request) -> None:
