@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from vjax.config import EngineArgs
-from vjax.config.file import apply_overrides, load_run_file
+from vjax.config.file import load_run_file
+from vjax.config.layers import merge, override_layer
 from vjax.errors import ConfigError
 from vjax.sampling_params import SamplingParams
 
@@ -39,7 +40,7 @@ def problems(path: Path, *overrides: str) -> list[str]:
 
 def test_a_whole_file(write):
     run = load_run_file(write(GOOD))
-    assert run.engine == EngineArgs(model="some/model", max_num_seqs=8, gpu_memory_utilization=0.5)
+    assert run.engine == EngineArgs("some/model", max_num_seqs=8, gpu_memory_utilization=0.5, disable_log_stats=False)
     assert run.sampling == SamplingParams(temperature=0, max_tokens=64, stop=["\n\n"])
     assert run.prompts[0] == "Hello" and run.prompts[1] == {"prompt": "Hi", "cache_salt": "s"}
     assert run.prompts[3] == {"prompt_token_ids": [1, 2]} and run.output == Path("out.jsonl")
@@ -47,7 +48,7 @@ def test_a_whole_file(write):
 
 def test_the_smallest_file(write):
     run = load_run_file(write("prompts: [a]"))
-    assert (run.engine, run.sampling, run.prompts, run.output) == (EngineArgs(), None, ["a"], None)
+    assert (run.engine, run.sampling, run.prompts, run.output) == (EngineArgs(disable_log_stats=False), None, ["a"], None)
 
 
 def test_prompt_files_are_found_beside_the_run_file(write, tmp_path):
@@ -151,12 +152,10 @@ def test_overrides_win_and_keep_the_rest(write):
     assert run.sampling == SamplingParams(temperature=0.1, max_tokens=64, stop="7", top_k=-1)
 
 
-def test_overrides_do_not_change_the_document():
+def test_merging_does_not_change_the_documents():
     document = {"engine": {"seed": 1}}
-    assert apply_overrides(document, ["--engine.seed", "2", "--sampling.n", "3"]) == {
-        "engine": {"seed": 2},
-        "sampling": {"n": 3},
-    }
+    overrides = override_layer(["--engine.seed", "2", "--sampling.n", "3"]).values
+    assert merge([document, overrides]) == {"engine": {"seed": 2}, "sampling": {"n": 3}}
     assert document == {"engine": {"seed": 1}}
 
 
@@ -172,7 +171,7 @@ def test_overridden_prompts(write, tmp_path, monkeypatch):
 @pytest.mark.parametrize("argument", ["engine.seed", "--engine.", "--a.b.c", "--", "-x"])
 def test_malformed_overrides(argument):
     with pytest.raises(ConfigError, match=r"is not an override; write --section\.key value"):
-        apply_overrides({}, [argument])
+        override_layer([argument])
 
 
 def test_overrides_with_unknown_keys_are_reported_like_the_files(write):
