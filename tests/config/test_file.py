@@ -47,7 +47,12 @@ def test_a_whole_file(write):
 
 def test_the_smallest_file(write):
     run = load_run_file(write("prompts: [a]"))
-    assert (run.engine, run.sampling, run.prompts, run.output) == (EngineArgs(disable_log_stats=False), None, ["a"], None)
+    assert (run.engine, run.sampling, run.prompts, run.output) == (
+        EngineArgs(disable_log_stats=False),
+        None,
+        ["a"],
+        None,
+    )
 
 
 def test_prompt_files_are_found_beside_the_run_file(write, tmp_path):

@@ -93,7 +93,9 @@ def test_what_changes_the_identity(path, tmp_path):
     assert changed("--prompts", "[a]") == {"prompts"}
 
 
-@pytest.mark.parametrize("value", ["1e-3", "null", "", "a\nb", "\u2028\x7f\U0001f600", 1e-10, 1e22, -0.5, True, [["~"], {}]])
+@pytest.mark.parametrize(
+    "value", ["1e-3", "null", "", "a\nb", "\u2028\x7f\U0001f600", 1e-10, 1e22, -0.5, True, [["~"], {}]]
+)
 def test_what_is_dumped_can_be_parsed(value):
     line = yaml_io.dump({"key": value})
     assert "\n" not in line and yaml_io.parse(line, "") == {"key": value}

@@ -21,8 +21,8 @@ from typing import IO, Any
 
 from vjax.errors import ConfigError
 
-#: Fields of a line that depend on when its request ran and after which others; a run that was continued differs from
-#: an undisturbed one in nothing else.
+#: Fields of a line that depend on when its request ran and after which others. A run that was continued differs from an
+#: undisturbed one in nothing else, as far as a request's tokens do not depend on its batch (they do not in float32).
 RUN_DEPENDENT_FIELDS = ("num_cached_tokens", "seconds_to_first_token", "seconds")
 
 _AFRESH = "pass --overwrite to start afresh, or choose another --output"
@@ -60,7 +60,7 @@ class RunOutput:
 def open_run_output(
     path: Path, begun_with: Mapping[str, Any], num_completions: int, *, overwrite: bool
 ) -> Iterator[RunOutput]:
-    """Opens an output file to continue it, or to begin it. What is not a file (a pipe, /dev/stdout) just gets the lines.
+    """Opens an output file to continue it, or to begin it. What is no file (a pipe, /dev/stdout) just gets the lines.
 
     Args:
         begun_with: What decides the outputs; that of an earlier run must be the same.

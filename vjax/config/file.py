@@ -66,7 +66,7 @@ def _build(layers: list[Layer], path: Path) -> RunFile:
 
     for name in document:
         if name not in SECTIONS:
-            add(f"{name}: unknown section; {_hint(name, SECTIONS)}", name)
+            add(f"{name}: unknown section; {_hint(name, (*SECTIONS, 'extends'))}", name)
     sections = {name: _section(document, name, add) for name in ("engine", "sampling")}
     _check_engine(sections["engine"], add)
     sampling = _sampling(sections["sampling"], add) if sections["sampling"] else None

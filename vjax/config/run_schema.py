@@ -43,7 +43,8 @@ def run_schema() -> dict[str, Any]:
     """A file that the schema accepts has no unknown key and no value of a wrong type or out of its domain; what values
     together may be is checked when the file is read."""
     sections = {
-        "extends": _TEXT | {"description": "A run file, from this file's folder; its values count where this has none."},
+        "extends": _TEXT
+        | {"description": "A run file, from this file's folder; its values count where this has none."},
         "engine": _section("The engine's arguments, as of vjax.LLM.", _engine()),
         "sampling": _section("Sampling parameters; without the section the model's own.", _sampling()),
         "prompts": {

@@ -1,4 +1,4 @@
-"""YAML as people expect it: floats such as 1e-3, and a key given twice is an error. What `dump` writes, `parse` reads."""
+"""YAML as people expect it: 1e-3 is a float, and a key given twice is an error. `parse` reads what `dump` writes."""
 
 from __future__ import annotations
 
@@ -56,5 +56,7 @@ def parse(text: str, source: str) -> Any:
 
 def dump(value: Any) -> str:
     """A plain Python value in one line."""
-    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=math.inf, allow_unicode=True, sort_keys=False)
+    text = yaml.dump(
+        value, Dumper=_Dumper, default_flow_style=True, width=math.inf, allow_unicode=True, sort_keys=False
+    )
     return text.removesuffix("...\n").rstrip("\n")
