@@ -20,9 +20,9 @@ def engine_arguments(args: argparse.Namespace, command: str) -> dict[str, Any]:
     Raises:
         ConfigError: An override is not one of the engine's. Its name and value are not checked.
     """
-    from vjax.config.file import apply_overrides
+    from vjax.config.layers import merge, override_layer
 
-    document = apply_overrides({"engine": {"model": args.model}}, args.overrides)
+    document = merge([{"engine": {"model": args.model}}, override_layer(args.overrides).values])
     if unknown := sorted(set(document) - {"engine"}):
         raise ConfigError(
             f"--{unknown[0]}.* is not an override of `{command}`; only --engine.NAME VALUE is, and "

@@ -21,7 +21,8 @@ def write(stream: Writer, outputs: Iterable[Any], *, as_json: bool) -> None:
     for output in outputs:
         for completion in output.outputs:
             if as_json:
-                stream.write(json.dumps(record(output, completion), ensure_ascii=False) + "\n")
+                line = {"request_id": output.request_id, **record(output, completion)}
+                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
             else:
                 stream.write(f"--- {output.prompt or output.prompt_token_ids}\n{completion.text}\n")
 
@@ -29,7 +30,6 @@ def write(stream: Writer, outputs: Iterable[Any], *, as_json: bool) -> None:
 def record(output: Any, completion: Any) -> dict[str, Any]:
     """What an output file holds of one completion."""
     return {
-        "request_id": output.request_id,
         "index": completion.index,
         "prompt": output.prompt,
         "text": completion.text,

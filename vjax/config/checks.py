@@ -5,14 +5,25 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, SupportsIndex
-
-Check = Callable[[Any], Any]
 
 
 class Refused(Exception):
     """A value is outside its domain; the text completes "name=value ..."."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """Takes a value and returns it converted, or raises `Refused`."""
+
+    convert: Callable[[Any], Any]
+    #: The values of a run file that pass, as JSON schema.
+    schema: Mapping[str, Any]
+
+    def __call__(self, value: Any) -> Any:
+        return self.convert(value)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str | None:
@@ -30,26 +41,44 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     return f"valid are {', '.join(sorted(valid))}" if len(valid) <= 12 else "no valid name is like it"
 
 
-def boolean(value: Any) -> bool:
+def _boolean(value: Any) -> bool:
     if not isinstance(value, bool):
         raise Refused("must be true or false")
     return value
 
 
-def text(value: Any) -> str:
+def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise Refused("must be a non-empty string")
     return value
 
 
-def path(value: Any) -> str:
-    return text(os.fspath(value) if isinstance(value, os.PathLike) else value)
+def _path(value: Any) -> str:
+    return _text(os.fspath(value) if isinstance(value, os.PathLike) else value)
 
 
-def mapping(value: Any) -> dict[str, Any]:
+def _mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise Refused("must be a mapping with strings as keys")
     return dict(value)
+
+
+def _fraction(value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, (bool, str)) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 < number <= 1:
+        raise Refused("must be a number in (0, 1]")
+    return number
+
+
+boolean = Check(_boolean, {"type": "boolean"})
+text = Check(_text, {"type": "string", "minLength": 1})
+path = Check(_path, text.schema)
+mapping = Check(_mapping, {"type": "object"})
+#: A number in (0, 1].
+fraction = Check(_fraction, {"type": "number", "exclusiveMinimum": 0, "maximum": 1})
 
 
 def integer(low: int, high: int | None = None) -> Check:
@@ -64,18 +93,7 @@ def integer(low: int, high: int | None = None) -> Check:
             raise Refused(f"must be an integer {allowed}")
         return number
 
-    return check
-
-
-def fraction(value: Any) -> float:
-    """A number in (0, 1]."""
-    try:
-        number = math.nan if isinstance(value, (bool, str)) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not 0 < number <= 1:
-        raise Refused("must be a number in (0, 1]")
-    return number
+    return Check(check, {"type": "integer", "minimum": low} | ({} if high is None else {"maximum": high}))
 
 
 def choice(*allowed: int | str) -> Check:
@@ -85,11 +103,10 @@ def choice(*allowed: int | str) -> Check:
                 return candidate
         raise Refused(f"must be one of {', '.join(map(str, allowed))}")
 
-    return check
+    return Check(check, {"enum": list(allowed)})
 
 
 def optional(check: Check) -> Check:
-    def check_optional(value: Any) -> Any:
-        return None if value is None else check(value)
-
-    return check_optional
+    """Of a check with "type" in its schema: None passes too."""
+    schema = {**check.schema, "type": [check.schema["type"], "null"]}
+    return Check(lambda value: None if value is None else check(value), schema)

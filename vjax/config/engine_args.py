@@ -199,17 +199,20 @@ def _eos_token_ids(arch: Any, hf_config: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(ids)
 
 
+_dtype_name = checks.choice("auto", *DTYPES, *DTYPE_ALIASES)
+_length = checks.integer(2)
+
+
 def _dtype(value: Any) -> str:
     """Accepts a name or anything that has one, such as jnp.bfloat16, np.float32 or torch.bfloat16."""
     named = value if isinstance(value, str) else getattr(value, "name", None) or getattr(value, "__name__", None)
-    name = str(named or value).removeprefix("torch.")
-    return checks.choice("auto", *DTYPES, *DTYPE_ALIASES)(name)
+    return _dtype_name(str(named or value).removeprefix("torch."))
 
 
 def _max_model_len(value: Any) -> int:
     if value in (-1, "auto"):
         raise checks.Refused("is not supported: the length is not fitted to the memory; pass a number or leave it out")
-    return checks.integer(2)(value)
+    return _length(value)
 
 
 _optional_bool = checks.optional(checks.boolean)
@@ -220,9 +223,9 @@ CHECKS: dict[str, checks.Check] = {
     "model": checks.path,
     "tokenizer": checks.optional(checks.path),
     "skip_tokenizer_init": checks.boolean,
-    "dtype": _dtype,
+    "dtype": checks.Check(_dtype, _dtype_name.schema),
     "seed": checks.optional(checks.integer(0, 2**63 - 1)),
-    "max_model_len": checks.optional(_max_model_len),
+    "max_model_len": checks.optional(checks.Check(_max_model_len, _length.schema)),
     "load_format": checks.choice(*LOAD_FORMATS),
     "revision": checks.optional(checks.text),
     "download_dir": checks.optional(checks.path),

@@ -12,16 +12,22 @@ Prompt = str | dict[str, Any]
 
 #: Exactly one of them makes an item.
 _CONTENT_KEYS = ("prompt", "prompt_token_ids", "messages")
+_SUFFIXES = (".txt", ".jsonl")
 _KEYS = (*_CONTENT_KEYS, "cache_salt")
 _FORMS = (
     'a text, {"prompt": text}, {"prompt_token_ids": [id, ...]} or {"messages": [{"role": ..., "content": ...}, ...]}'
 )
 
 
-def read_prompts(value: Any, folder: Path, problems: list[str]) -> list[Prompt]:
-    """Prompts in order. What is wrong is appended to `problems`; a relative path counts from `folder`."""
+def is_prompt_file(value: Any) -> bool:
+    """Whether a `prompts` value is the path of a file."""
+    return isinstance(value, str) and Path(value).suffix in _SUFFIXES
+
+
+def read_prompts(value: Any, problems: list[str]) -> list[Prompt]:
+    """Prompts in order. What is wrong is appended to `problems`; a relative path counts from the working directory."""
     if isinstance(value, str):
-        items = _read_file(value, folder, problems)
+        items = _read_file(value, problems)
     elif isinstance(value, list):
         items = [(f"prompts[{i}]", item) for i, item in enumerate(value)]
     else:
@@ -36,9 +42,9 @@ def read_prompts(value: Any, folder: Path, problems: list[str]) -> list[Prompt]:
     return [item for _, item in items or ()]
 
 
-def _read_file(name: str, folder: Path, problems: list[str]) -> list[tuple[str, Any]] | None:
-    path = folder / Path(name).expanduser()
-    if path.suffix not in (".txt", ".jsonl"):
+def _read_file(name: str, problems: list[str]) -> list[tuple[str, Any]] | None:
+    path = Path(name).expanduser()
+    if not is_prompt_file(name):
         problems.append(f"prompts: {name!r} must be the path of a .txt or .jsonl file; write [{name!r}] for one prompt")
         return None
     try:
@@ -69,6 +75,9 @@ def _item_problem(item: Any) -> str | None:
     present = [key for key in _CONTENT_KEYS if key in item]
     if len(present) != 1:
         return f"has {' and '.join(present) or 'no prompt'}; it must be {_FORMS}"
+    salt = item.get("cache_salt")
+    if salt is not None and (not isinstance(salt, str) or not salt):
+        return f"cache_salt={salt!r:.60} must be a non-empty text; leave it out to share cached prefixes freely"
     return _content_problem(present[0], item[present[0]])
 
 

@@ -1,7 +1,8 @@
-"""YAML as people expect it: floats such as 1e-3, and a key given twice is an error."""
+"""YAML as people expect it: 1e-3 is a float, and a key given twice is an error. `parse` reads what `dump` writes."""
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -23,10 +24,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
 # YAML 1.1 takes 1e-3 for a string; YAML 1.2 does not.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 def parse(text: str, source: str) -> Any:
@@ -43,3 +52,11 @@ def parse(text: str, source: str) -> Any:
         raise ConfigError(f"{source} is not valid YAML{where}: {e.problem}; correct the file.") from e
     except (yaml.YAMLError, ValueError) as e:
         raise ConfigError(f"{source} is not valid YAML: {e}; correct the file.") from e
+
+
+def dump(value: Any) -> str:
+    """A plain Python value in one line."""
+    text = yaml.dump(
+        value, Dumper=_Dumper, default_flow_style=True, width=math.inf, allow_unicode=True, sort_keys=False
+    )
+    return text.removesuffix("...\n").rstrip("\n")
