@@ -188,6 +188,7 @@ CANDIDATES = (
     DecodeConfig(heads=2, stages=6),
     DecodeConfig(heads=2, stages=2, streams=2),
     DecodeConfig(heads=2, stages=4, staged=128, unroll=2),
+    DecodeConfig(heads=2, stages=4, staged=128, unroll=2, ctas=128),
     DecodeConfig(heads=2, stages=5, staged=128, unroll=8),
     DecodeConfig(heads=2, stages=5, staged=128, unroll=8, min_tiles=1),
     DecodeConfig(heads=2, stages=5, staged=128, unroll=32),
