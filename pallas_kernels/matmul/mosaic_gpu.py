@@ -108,7 +108,9 @@ def _product(x: jax.Array, w: jax.Array, config: Config, *, interpret: bool) -> 
     if config.columns % out_columns:
         out_columns = 32
     if config.cluster > 1:
-        free = plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=WARPGROUPS, num_barriers=config.stages)
+        free = plgpu.ClusterBarrier(
+            collective_axes=("cluster",), num_arrivals=WARPGROUPS, num_barriers=config.stages
+        )
     else:
         free = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=config.stages)
     scratch = {
@@ -116,9 +118,7 @@ def _product(x: jax.Array, w: jax.Array, config: Config, *, interpret: bool) -> 
         "x_smem": plgpu.SMEM(
             (config.stages, WARPGROUPS, WARPGROUP_ROWS, TILE_K), x.dtype, transforms=swizzled(config.columns)
         ),
-        "w_smem": plgpu.SMEM(
-            (config.stages, halves, TILE_K, config.columns), x.dtype, transforms=swizzled(config.columns)
-        ),
+        "w_smem": plgpu.SMEM((config.stages, halves, TILE_K, config.columns), x.dtype, transforms=swizzled(config.columns)),
         "out_smem": plgpu.SMEM((WARPGROUPS, 2, WARPGROUP_ROWS, out_columns), x.dtype, transforms=swizzled(out_columns)),
         "full": plgpu.Barrier(num_arrivals=WARPGROUPS + halves, num_barriers=config.stages),
         "free": free,
