@@ -19,15 +19,16 @@ def add_parser(commands: Any) -> None:
         allow_abbrev=False,
         help="write a model's weights as Orbax or as safetensors",
         description=(
-            "Reads MODEL and writes the folder OUTPUT: config, tokenizer and other files as they are, the weights in the "
-            "format asked for. OUTPUT loads like any model (--model OUTPUT) and gives the same parameters, bit for bit. "
-            "orbax holds them as the engine keeps them on its devices: each device reads its own share, and nothing is "
-            "rearranged while loading. safetensors has Hugging Face's names and shapes. Runs on the CPU, in little memory."
+            "Reads MODEL and writes the folder OUTPUT: config, tokenizer and other files as they are, the weights in "
+            "the format asked for. OUTPUT loads like any model (--model OUTPUT) and gives the same parameters, bit for "
+            "bit. orbax holds them as the engine keeps them on its devices: each device reads its own share, and "
+            "nothing is rearranged while loading. safetensors has Hugging Face's names and shapes. Runs on the CPU, in "
+            "little memory."
         ),
         epilog=(
             "Example: vjax convert vjax-tiny tiny-orbax --to orbax && vjax generate --model tiny-orbax 'def f('. "
-            "Exit codes: 0 done, 1 OUTPUT cannot be written, 2 MODEL cannot be read or OUTPUT is in use. OUTPUT appears "
-            "when it is complete; what fails leaves nothing behind."
+            "Exit codes: 0 done, 1 OUTPUT cannot be written, 2 MODEL cannot be read or OUTPUT is in use. OUTPUT "
+            "appears when it is complete; what fails leaves nothing behind."
         ),
     )
     parser.add_argument("model", metavar="MODEL", help="folder, hub id or vjax-tiny")

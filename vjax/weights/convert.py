@@ -24,7 +24,7 @@ from vjax.weights.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from vjax.weights.hub import ORBAX_FOLDER
 from vjax.weights.kv_scales import kv_scale_tensors, read_kv_scales
 from vjax.weights.loader import stored_leaves
-from vjax.weights.manifest import Manifest, StoredLeaf, stored_format
+from vjax.weights.manifest import Manifest, StoredLeaf, files_of, stored_format
 from vjax.weights.mapping import LeafSources, check_tensors, leaf_sources
 from vjax.weights.orbax_parts import PART_BYTES, save_part
 from vjax.weights.packing import PACKERS
@@ -138,13 +138,15 @@ def _batches(leaves: Leaves, limit: int) -> Iterator[dict[str, jax.Array]]:
 
 
 def _write_orbax(folder: Path, model: FunctionalModel, leaves: Leaves, scales: Mapping[str, np.ndarray]) -> None:
-    (folder / ORBAX_FOLDER).mkdir()
+    parts = folder / ORBAX_FOLDER
+    parts.mkdir()
     stored: dict[str, StoredLeaf] = {}
     for number, batch in enumerate(_batches(leaves, PART_BYTES)):
         part = f"part-{number:05d}"
-        save_part(folder / ORBAX_FOLDER / part, batch, model.logical_axes)
+        save_part(parts / part, batch, model.logical_axes)
         stored |= {name: StoredLeaf(leaf.shape, leaf.dtype.name, part) for name, leaf in batch.items()}
-    Manifest(model.arch.architecture, stored, {name: scale.tolist() for name, scale in scales.items()}).write(folder)
+    kv_scales = {name: scale.tolist() for name, scale in scales.items()}
+    Manifest(model.arch.architecture, stored, files_of(parts), kv_scales).write(folder)
 
 
 def _write_safetensors(folder: Path, model: FunctionalModel, leaves: Leaves, scales: Mapping[str, np.ndarray]) -> None:

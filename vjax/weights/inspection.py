@@ -61,7 +61,7 @@ def inspect_model(model_dir: Path) -> ModelFacts:
     if has_weights and is_orbax:
         manifest = Manifest.read(model_dir)
         manifest.check(arch.architecture, shapes, str(model_dir))
-        manifest.parts(model_dir)
+        manifest.check_files(model_dir)
     elif has_weights:
         sources = leaf_sources(model.weight_rules, shapes, arch.num_layers)
         with Checkpoint(model_dir) as checkpoint:

@@ -111,8 +111,8 @@ def _load_leaf(sources: LeafSources, checkpoint: Checkpoint, dtype, sharding: Na
     if sources.stacked:
         # Small parameters: joined on the host.
         packing = PACKERS[sources.packing]
-        stacked = np.stack([packing.pack(np, group, sources.packed_shape) for group in tensors])
-        return jax.device_put(stacked.astype(dtype), sharding)
+        cast = [[tensor.astype(dtype) for tensor in group] for group in tensors]
+        return jax.device_put(np.stack([packing.pack(np, group, sources.packed_shape) for group in cast]), sharding)
     # Transposing on the device is far faster than on the host.
     pack = _pack_on_device(sources.packing, sources.packed_shape, jnp.dtype(dtype).name, sharding)
     return pack(tensors[0])

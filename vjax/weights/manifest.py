@@ -45,12 +45,14 @@ class Manifest:
     Attributes:
         architecture: As config.json names it.
         leaves: name -> where it is, in the model's order.
+        files: File of a part, relative to the manifest -> its bytes.
         kv_scales: "k_scale" and "v_scale", `[layers][kv_heads]`, of an fp8 KV cache; empty when there are none.
         layout_version: `LAYOUT_VERSION` of the writer.
     """
 
     architecture: str
     leaves: Mapping[str, StoredLeaf]
+    files: Mapping[str, int]
     kv_scales: Mapping[str, list[list[float]]] = field(default_factory=dict)
     layout_version: int = LAYOUT_VERSION
 
@@ -72,7 +74,7 @@ class Manifest:
             leaves = {
                 name: StoredLeaf(tuple(x["shape"]), x["dtype"], x["part"]) for name, x in content["leaves"].items()
             }
-            return Manifest(content["architecture"], leaves, content["kv_scales"])
+            return Manifest(content["architecture"], leaves, dict(content["files"]), content["kv_scales"])
         except FileNotFoundError:
             raise ModelLoadError(
                 f"{model_dir} has no Orbax checkpoint of vjax ({ORBAX_FOLDER}/{MANIFEST_FILE}); make one with "
@@ -84,22 +86,23 @@ class Manifest:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelLoadError(f"{path} cannot be read: {error!r}. {_CONVERT_AGAIN}") from error
 
-    def parts(self, model_dir: Path) -> dict[Path, list[str]]:
-        """Folder of each part -> names of its leaves, both in order.
-
-        Raises:
-            ModelLoadError: Folders are missing.
-        """
-        found: dict[Path, list[str]] = {}
+    def parts(self) -> dict[str, list[str]]:
+        """Part -> names of its leaves, both in order."""
+        found: dict[str, list[str]] = {}
         for name, leaf in self.leaves.items():
-            found.setdefault(model_dir / ORBAX_FOLDER / leaf.part, []).append(name)
-        missing = [part.name for part in found if not part.is_dir()]
-        if missing:
-            raise ModelLoadError(
-                f"{model_dir / ORBAX_FOLDER} lacks {len(missing)} of its {len(found)} parts: {', '.join(missing[:5])}. "
-                "Copy or download the folder again."
-            )
+            found.setdefault(leaf.part, []).append(name)
         return found
+
+    def check_files(self, model_dir: Path) -> None:
+        """Raises: ModelLoadError if files of the checkpoint are missing, or are not as long as they were written."""
+        folder = model_dir / ORBAX_FOLDER
+        wrong = [name for name, size in self.files.items() if _size(folder / name) != size]
+        if wrong:
+            raise ModelLoadError(
+                f"{folder} is not complete: {len(wrong)} of {len(self.files)} files are missing or have another size "
+                f"({', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}). Copy or download the folder again, or "
+                "repeat `vjax convert`."
+            )
 
     def check(self, architecture: str, shapes: Mapping[str, Shape], where: str) -> None:
         """Compares with the model that config.json describes.
@@ -157,3 +160,15 @@ def stored_format(model_dir: str | Path, load_format: str = "auto") -> str:
     folder = Path(model_dir)
     has_safetensors = (folder / INDEX_FILE).exists() or any(folder.glob("*.safetensors"))
     return "orbax" if (folder / ORBAX_FOLDER / MANIFEST_FILE).is_file() and not has_safetensors else "safetensors"
+
+
+def files_of(folder: Path) -> dict[str, int]:
+    """Every file below the folder, relative to it -> its bytes."""
+    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None

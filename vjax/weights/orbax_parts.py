@@ -13,6 +13,7 @@ import jax
 
 from vjax.errors import ModelLoadError
 from vjax.parallel.sharding import AXIS_RULES
+from vjax.weights.hub import ORBAX_FOLDER
 from vjax.weights.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -63,8 +64,10 @@ def restore_leaves(
 
     manifest = Manifest.read(model_dir)
     manifest.check(architecture, {name: target.shape for name, target in targets.items()}, str(model_dir))
+    manifest.check_files(model_dir)
     with _checkpointer() as checkpointer:
-        for part, names in manifest.parts(model_dir).items():
+        for part, names in manifest.parts().items():
+            folder = (model_dir / ORBAX_FOLDER / part).absolute()
             wanted = {name: targets[name] for name in names}
             restore_args = {
                 name: ocp.ArrayRestoreArgs(
@@ -74,12 +77,12 @@ def restore_leaves(
             }
             try:
                 restored = checkpointer.restore(
-                    part.absolute(), args=ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args)
+                    folder, args=ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args)
                 )
             except Exception as error:  # TensorStore has a type for every reason
                 raise ModelLoadError(
-                    f"{part} cannot be restored: {' '.join(str(error).split())} Files of it may be missing or damaged; "
-                    "copy or download the folder again, or repeat `vjax convert`."
+                    f"{folder} cannot be restored: {' '.join(str(error).split())} It may be damaged; copy or download "
+                    "the folder again, or repeat `vjax convert`."
                 ) from error
             for name in names:
                 yield name, jax.block_until_ready(restored.pop(name))
