@@ -7,6 +7,7 @@ if they had gone to another device.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 from pathlib import Path
@@ -70,6 +71,7 @@ def restored_total(path: Path) -> int:
 
 
 if __name__ == "__main__":
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])  # so that as many threads run on every machine
     folder, allowed = Path(sys.argv[1]), int(sys.argv[2]) * MIB
     num_bytes, expected = write_checkpoint(folder / "source")
     jnp.zeros(1).block_until_ready()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-#: What a process may allocate while it loads: the largest leaf (44 MiB) with its tensors, a part of 64 MiB, and some 150
-#: MiB that thread stacks and compilation reserve.
+#: What a process may allocate while it loads: the largest leaf (44 MiB) with its tensors, a part of 64 MiB, and some
+#: 150 MiB for thread stacks, compilation and imports.
 ALLOWED_MIB = 350
 
 
@@ -19,9 +19,10 @@ ALLOWED_MIB = 350
 def test_a_checkpoint_larger_than_the_memory(tmp_path):
     # What malloc keeps for later is not what the loader holds.
     malloc = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-    command = [sys.executable, "-W", "error", "-m", "tests.weights.streaming_check", str(tmp_path), str(ALLOWED_MIB)]
+    small_stacks = ["sh", "-c", 'ulimit -s 2048 && exec "$0" "$@"']
+    python = [sys.executable, "-W", "error", "-m", "tests.weights.streaming_check", str(tmp_path), str(ALLOWED_MIB)]
     run = subprocess.run(
-        command,
+        small_stacks + python,
         cwd=Path(__file__).parents[2],
         env={**os.environ, **malloc, "JAX_PLATFORMS": "cpu"},
         capture_output=True,

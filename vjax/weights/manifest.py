@@ -121,8 +121,10 @@ class Manifest:
                 f"{_CONVERT_AGAIN}"
             )
         problems = [
-            listed("missing leaves", [f"{name} {list(shapes[name])}" for name in shapes.keys() - self.leaves.keys()]),
-            listed("unexpected leaves", sorted(self.leaves.keys() - shapes.keys())),
+            listed(
+                "missing leaves", [f"{name} {list(shape)}" for name, shape in shapes.items() if name not in self.leaves]
+            ),
+            listed("unexpected leaves", [name for name in self.leaves if name not in shapes]),
             listed(
                 "leaves of a wrong shape",
                 [
