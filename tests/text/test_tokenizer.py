@@ -225,7 +225,5 @@ def test_a_sentencepiece_file_without_its_library(sentencepiece_dir, monkeypatch
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
     monkeypatch.setattr(hf_tokenizer, "find_spec", lambda name: None)
-    with pytest.raises(
-        ConfigError, match=r"sentencepiece, .* is not installed\. Run pip install 'vjax\["
-    ):
+    with pytest.raises(ConfigError, match=r"sentencepiece, .* is not installed\. Run pip install 'vjax\["):
         load_tokenizer(sentencepiece_dir)

@@ -113,6 +113,8 @@ def _load_leaf(sources: LeafSources, checkpoint: Checkpoint, dtype, sharding: Na
         packing = PACKERS[sources.packing]
         cast = [[tensor.astype(dtype) for tensor in group] for group in tensors]
         return jax.device_put(np.stack([packing.pack(np, group, sources.packed_shape) for group in cast]), sharding)
+    if sources.packing == "copy" and tensors[0][0].dtype == dtype:
+        return jax.device_put(tensors[0][0], sharding)  # the largest leaves; a program would hold them twice
     # Transposing on the device is far faster than on the host.
     pack = _pack_on_device(sources.packing, sources.packed_shape, jnp.dtype(dtype).name, sharding)
     return pack(tensors[0])

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from vjax.config.engine_args import LOAD_FORMATS
 from vjax.errors import ModelLoadError
 from vjax.weights.checkpoint import INDEX_FILE
 from vjax.weights.hub import ORBAX_FOLDER
@@ -22,8 +23,6 @@ MANIFEST_FILE = "manifest.json"
 #: To be raised when the numbers of a leaf change their meaning while its name and shape stay; `tests/weights` compares
 #: leaves with the values that they had.
 LAYOUT_VERSION = 1
-
-LOAD_FORMATS = ("auto", "safetensors", "orbax", "dummy")
 
 _CONVERT_AGAIN = "If its config.json was changed, restore it; else run `vjax convert MODEL OUTPUT --to orbax` again."
 
@@ -149,7 +148,7 @@ def stored_format(model_dir: str | Path, load_format: str = "auto") -> str:
         load_format: "auto" is Orbax where there is such a checkpoint and there are no safetensors, else safetensors.
 
     Raises:
-        ModelLoadError: `load_format` is none of LOAD_FORMATS.
+        ModelLoadError: `load_format` is none of `vjax.config.engine_args.LOAD_FORMATS`.
     """
     if load_format not in LOAD_FORMATS:
         raise ModelLoadError(
