@@ -48,7 +48,8 @@ def handle(args: argparse.Namespace) -> int:
 
     source = resolve_model_path(args.model, revision=args.revision)
     started = time.perf_counter()
-    with tqdm(desc="Converting weights", unit="B", unit_scale=True, disable=None) as bar:
+    # The delay keeps the bar out of messages about what is refused at once.
+    with tqdm(desc="Converting weights", unit="B", unit_scale=True, disable=None, delay=1e-3) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
