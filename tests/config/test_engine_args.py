@@ -47,7 +47,7 @@ def test_values_are_converted():
         ({"num_gpu_blocks_override": 1}, ["num_gpu_blocks_override=1", "at least 2"]),
         ({"kv_cache_memory_bytes": 1e9}, ["kv_cache_memory_bytes=1000000000.0", "integer"]),
         ({"scheduling_policy": "lifo"}, ["scheduling_policy='lifo'", "fcfs, priority"]),
-        ({"load_format": "pt"}, ["load_format='pt'", "auto, safetensors, dummy"]),
+        ({"load_format": "pt"}, ["load_format='pt'", "auto, safetensors, orbax, dummy"]),
         ({"enable_prefix_caching": "yes"}, ["enable_prefix_caching='yes'", "true or false"]),
         ({"skip_tokenizer_init": None}, ["skip_tokenizer_init=None", "true or false"]),
         ({"model": ""}, ["model=''", "non-empty"]),

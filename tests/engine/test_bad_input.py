@@ -214,7 +214,7 @@ def test_conversations(llm, still_works):
         ({"tokenizer": "/no/such/dir"}, ConfigError, ["tokenizer='/no/such/dir'", "no such directory"]),
         ({"tokenizer": "no/such-repo"}, ConfigError, ["tokenizer='no/such-repo'", "skip_tokenizer_init=True"]),
         ({"generation_config": "/no/such"}, ConfigError, ["generation_config='/no/such'", '"vllm"']),
-        ({"load_format": "pt"}, ConfigError, ["load_format='pt'", "auto, safetensors, dummy"]),
+        ({"load_format": "pt"}, ConfigError, ["load_format='pt'", "auto, safetensors, orbax, dummy"]),
     ],
 )
 def test_engine_arguments(kwargs, kind, parts):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import sys
 
@@ -163,3 +164,66 @@ def test_a_tokenizer_that_only_transformers_runs():
     pieces = [stream.push(i) for i in ids]
     assert "".join(pieces) + stream.flush() == text
     assert "\ufffd" not in "".join(pieces)
+
+
+# ---- sentencepiece files ------------------------------------------------------------------------------------------
+
+
+def sentencepiece_model() -> bytes:
+    """A byte-fallback BPE vocabulary as sentencepiece writes it: a protocol buffer of pieces and settings."""
+
+    def varint(n: int) -> bytes:
+        return bytes([n & 127 | 128]) + varint(n >> 7) if n > 127 else bytes([n])
+
+    def message(field: int, content: bytes) -> bytes:
+        return varint(field << 3 | 2) + varint(len(content)) + content
+
+    def number(field: int, value: int) -> bytes:
+        return varint(field << 3) + varint(value)
+
+    normal, unknown, control, byte = 1, 2, 3, 6
+    pieces = [("<unk>", 0, unknown), ("<s>", 0, control), ("</s>", 0, control)]
+    pieces += [(f"<0x{b:02X}>", 0, byte) for b in range(256)]
+    merged = ["▁h", "el", "lo", "▁hel", "▁hello", "▁w", "or", "ld", "▁wor", "▁world", *"▁helowrd"]
+    pieces += [(piece, -i, normal) for i, piece in enumerate(merged)]
+    listed = [
+        message(1, message(1, piece.encode()) + varint(2 << 3 | 5) + struct.pack("<f", score) + number(3, kind))
+        for piece, score, kind in pieces
+    ]
+    bpe, byte_fallback, ids = number(3, 2), number(35, 1), number(40, 0) + number(41, 1) + number(42, 2)
+    normaliser = message(1, b"identity") + number(3, 1) + number(4, 0)
+    return b"".join(listed) + message(2, bpe + byte_fallback + ids) + message(3, normaliser)
+
+
+@pytest.fixture
+def sentencepiece_dir(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": True, "legacy": False}))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    return tmp_path
+
+
+def test_a_sentencepiece_file(sentencepiece_dir):
+    pytest.importorskip("sentencepiece")
+    tokenizer = load_tokenizer(sentencepiece_dir)
+    ids = tokenizer.encode("hello world é")
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "▁hello", "▁world", "▁", "<0xC3>", "<0xA9>"]
+    assert tokenizer.decode(ids) == "hello world é"
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)) == (1, 2, 277)
+    stream = tokenizer.decode_stream([])
+    assert "".join(stream.push(i) for i in ids[1:]) + stream.flush() == "hello world é"
+
+
+def test_a_sentencepiece_file_without_its_library(sentencepiece_dir, monkeypatch):
+    from transformers import AutoTokenizer
+
+    from vjax.text import hf_tokenizer
+
+    def fail(*_, **__):
+        raise ValueError("`tiktoken` is required")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
+    monkeypatch.setattr(hf_tokenizer, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"sentencepiece, .* is not installed\. Run pip install 'vjax\["):
+        load_tokenizer(sentencepiece_dir)

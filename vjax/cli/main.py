@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from vjax import __version__
-from vjax.cli import bench, chat, collect_env, generate, models, run
+from vjax.cli import bench, chat, collect_env, convert, generate, models, run
 from vjax.errors import VjaxValidationError
 
 
@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"vjax {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (run, generate, chat, bench, models, collect_env):
+    for module in (run, generate, chat, convert, bench, models, collect_env):
         module.add_parser(commands)
     return parser
 

@@ -29,7 +29,7 @@ from vjax.errors import ConfigError
 from vjax.log import logger
 
 BLOCK_SIZES = (16, 32, 64, 128)
-LOAD_FORMATS = ("auto", "safetensors", "dummy")
+LOAD_FORMATS = ("auto", "safetensors", "orbax", "dummy")
 
 _log = logger("config")
 
@@ -54,7 +54,7 @@ class EngineArgs:
     seed: int | None = 0
     #: Prompt and output tokens of one request together; None is what the model's positions cover.
     max_model_len: int | None = None
-    #: "auto", "safetensors" or "dummy" (random weights).
+    #: "auto" (safetensors if there are any), "safetensors", "orbax" (from `vjax convert`) or "dummy" (random weights).
     load_format: str = "auto"
     revision: str | None = None
     download_dir: str | None = None

@@ -33,7 +33,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LoadConfig:
-    #: "auto" and "safetensors" read safetensors; "dummy" draws random weights.
+    #: "auto", "safetensors", "orbax" or "dummy", see `vjax.weights.manifest.stored_format`.
     load_format: str = "auto"
     #: Branch, tag or commit on the hub; None is the default branch.
     revision: str | None = None

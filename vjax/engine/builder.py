@@ -114,8 +114,9 @@ def build_runner(
     kind = platform.platform_name(device)
     mesh = make_mesh([device])
     given = {}
-    if config.cache.cache_dtype in _QUANTISED and config.load.load_format != "dummy":
-        given = {f"vectors.{name}": scale for name, scale in (read_kv_scales(model_dir, arch) or {}).items()}
+    if config.cache.cache_dtype in _QUANTISED:
+        scales = read_kv_scales(model_dir, arch, config.load.load_format) or {}
+        given = {f"vectors.{name}": scale for name, scale in scales.items()}
     model = build_model(arch, jnp.dtype(config.model.dtype), mesh=mesh, kv_scales=bool(given))
     memory.check_weights_fit(model.leaf_specs.values(), config, device)
     geometry = step_geometry(config, arch, memory.num_bytes(model.leaf_specs.values()), device)

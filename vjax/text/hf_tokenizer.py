@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import tokenizers
 from vjax.errors import ConfigError
 from vjax.text.decode_stream import DecodeStream, WindowStream
 from vjax.text.tokenizer import Tokenizer
+
+_INSTALL = "Run pip install 'vjax[slow-tokenizers]'"
+_SENTENCEPIECE = ("tokenizer.model", "spiece.model")
 
 
 def load_with_transformers(directory: Path) -> Tokenizer:
@@ -24,16 +28,19 @@ def load_with_transformers(directory: Path) -> Tokenizer:
     except ImportError as e:
         raise ConfigError(
             f"{directory} has no tokenizer.json, and transformers, which could convert the tokenizer, is not "
-            "installed. Install transformers, or save the tokenizer as tokenizer.json.",
+            f"installed. {_INSTALL}, or save the tokenizer as tokenizer.json.",
             parameter="tokenizer",
             value=str(directory),
         ) from e
     try:
         loaded: Any = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
     except Exception as e:  # transformers raises many types for a directory that it cannot read
+        # transformers takes the file for another library's then, and its message leads astray.
+        lacks = find_spec("sentencepiece") is None and any((directory / name).is_file() for name in _SENTENCEPIECE)
+        hint = f"sentencepiece, which reads {' and '.join(_SENTENCEPIECE)}, is not installed. {_INSTALL}, or pass"
         raise ConfigError(
             f"{directory} has no tokenizer.json, and transformers cannot read its tokenizer "
-            f"({type(e).__name__}: {e}). Pass tokenizer=<directory with tokenizer.json>.",
+            f"({type(e).__name__}: {e}). {hint if lacks else 'Pass'} tokenizer=<directory with tokenizer.json>.",
             parameter="tokenizer",
             value=str(directory),
         ) from e

@@ -8,11 +8,15 @@ from pathlib import Path
 
 from vjax.errors import ModelLoadError
 
+#: Folder of a model directory that holds an Orbax checkpoint of the engine's leaves.
+ORBAX_FOLDER = "vjax_orbax"
+
 #: The model that ships inside the package.
 BUNDLED_MODEL = "vjax-tiny"
 
-#: What is fetched from a hub repository: safetensors in Hugging Face naming, configs, tokenizer files.
-ALLOW_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+#: What is fetched from a hub repository: safetensors in Hugging Face naming, what `vjax convert --to orbax` wrote,
+#: configs, tokenizer files.
+ALLOW_PATTERNS = ["*.safetensors", f"{ORBAX_FOLDER}/*", "*.json", "*.jinja", "*.txt", "*.model"]
 IGNORE_PATTERNS = ["original/*", "consolidated*", "onnx/*", "metal/*"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

@@ -1,4 +1,4 @@
-"""Whether a checkpoint can be served, and how large it is, from its config.json and the headers of its files."""
+"""Whether a checkpoint can be served, and how large it is, from its config.json and the headers of its weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 from vjax.models.arch import ArchConfig
 from vjax.models.hf_config import read_hf_config
 from vjax.models.registry import arch_config_from_hf
-from vjax.weights.checkpoint import INDEX_FILE, Checkpoint
+from vjax.weights.checkpoint import Checkpoint
+from vjax.weights.hub import ORBAX_FOLDER
+from vjax.weights.manifest import Manifest, stored_format
 from vjax.weights.mapping import check_tensors, leaf_sources
 
 
@@ -39,7 +41,7 @@ class ModelFacts:
 
 
 def inspect_model(model_dir: Path) -> ModelFacts:
-    """Reads config.json and, where there are weights, the headers of their files.
+    """Reads config.json and, where there are weights, the headers of their files or their manifest.
 
     Raises:
         ModelLoadError: The model is not supported, or its weights are not those that its config.json describes.
@@ -53,8 +55,14 @@ def inspect_model(model_dir: Path) -> ModelFacts:
     arch = arch_config_from_hf(config)
     model = build_model(arch, jnp.bfloat16)
     shapes = {name: spec.shape for name, spec in model.leaf_specs.items()}
-    has_weights = (model_dir / INDEX_FILE).exists() or any(model_dir.glob("*.safetensors"))
-    if has_weights:
+    is_orbax = stored_format(model_dir) == "orbax"
+    # Of a hub id there may be the files that name the weights, but no weights.
+    has_weights = any(model_dir.glob(f"{ORBAX_FOLDER}/*/" if is_orbax else "*.safetensors"))
+    if has_weights and is_orbax:
+        manifest = Manifest.read(model_dir)
+        manifest.check(arch.architecture, shapes, str(model_dir))
+        manifest.check_files(model_dir)
+    elif has_weights:
         sources = leaf_sources(model.weight_rules, shapes, arch.num_layers)
         with Checkpoint(model_dir) as checkpoint:
             check_tensors(sources, checkpoint.tensors, tied=arch.tie_word_embeddings, where=str(model_dir))

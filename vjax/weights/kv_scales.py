@@ -11,11 +11,12 @@ import numpy as np
 from vjax.errors import ModelLoadError
 from vjax.models.arch import ArchConfig
 from vjax.weights.checkpoint import Checkpoint
+from vjax.weights.manifest import Manifest, stored_format
 from vjax.weights.mapping import KV_SCALE
 
 
-def read_kv_scales(model_dir: Path, arch: ArchConfig) -> dict[str, np.ndarray] | None:
-    """k_scale and v_scale, f32[layers, kv_heads], of an fp8 KV cache; None when the checkpoint has none.
+def read_kv_scales(model_dir: Path, arch: ArchConfig, load_format: str = "auto") -> dict[str, np.ndarray] | None:
+    """k_scale and v_scale, f32[layers, kv_heads], of an fp8 KV cache; None when the checkpoint has none, or is "dummy".
 
     A scale of a tensor counts for all heads, a layer without one has 1. They are rounded up to powers of two: e4m3 has
     the same relative precision at every scale, and multiplying by a power of two is exact.
@@ -24,6 +25,12 @@ def read_kv_scales(model_dir: Path, arch: ArchConfig) -> dict[str, np.ndarray] |
         ModelLoadError: There is no checkpoint, or a scale is no positive number or has another shape than [] or
             [kv_heads].
     """
+    stored = stored_format(model_dir, load_format)
+    if stored == "dummy":
+        return None
+    if stored == "orbax":
+        scales = Manifest.read(model_dir).kv_scales
+        return {name: _of_manifest(name, scales[name], arch) for name in ("k_scale", "v_scale")} if scales else None
     with Checkpoint(model_dir) as checkpoint:
         found = {name: match for name in checkpoint.tensors if (match := KV_SCALE.match(name))}
         values = {name: _checked(name, checkpoint.read(name), arch.num_kv_heads) for name in found}
@@ -35,6 +42,22 @@ def read_kv_scales(model_dir: Path, arch: ArchConfig) -> dict[str, np.ndarray] |
             if bool(match["both"]) == both_first:
                 _fill(scales, match, values[name], name)
     return {"k_scale": scales["k"], "v_scale": scales["v"]}
+
+
+def kv_scale_tensors(scales: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors, f32[kv_heads] by name, that `read_kv_scales` reads as these scales."""
+    return {
+        f"model.layers.{layer}.self_attn.attn.{which}": np.ascontiguousarray(row, np.float32)
+        for which, rows in scales.items()
+        for layer, row in enumerate(rows)
+    }
+
+
+def _of_manifest(name: str, rows: list[list[float]], arch: ArchConfig) -> np.ndarray:
+    values = np.asarray(rows, np.float32)
+    if values.shape != (arch.num_layers, arch.num_kv_heads):
+        raise ModelLoadError(f"{name} has shape {list(values.shape)}; wanted {[arch.num_layers, arch.num_kv_heads]}")
+    return values
 
 
 def _fill(scales: Mapping[str, np.ndarray], match: re.Match[str], value: np.ndarray, name: str) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import sys
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +15,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
-from vjax.errors import ModelLoadError
 from vjax.layers.param import initial_value
 from vjax.models.functional import FunctionalModel
 from vjax.parallel.sharding import named_sharding
 from vjax.weights.checkpoint import Checkpoint
+from vjax.weights.manifest import stored_format
 from vjax.weights.mapping import LeafSources, check_tensors, leaf_sources
+from vjax.weights.orbax_parts import restore_leaves
 from vjax.weights.packing import PACKERS
-
-LOAD_FORMATS = ("auto", "safetensors", "dummy")
 
 
 def load_weights(
@@ -37,13 +37,14 @@ def load_weights(
 ) -> tuple[jax.Array, ...]:
     """The model's leaves, in the order of `model.leaf_names`, each on its placement on the mesh.
 
-    Host memory is bounded by the tensors of one leaf; device memory in excess of the weights, too.
+    Host memory is bounded by the tensors of one leaf (Orbax: by those of one part of the checkpoint); device memory in
+    excess of the weights, too.
 
     Args:
         model: From `build_model`.
         path: Model directory, see `vjax.weights.hub.resolve_model_path`. Not read for "dummy".
         mesh: From `vjax.parallel.sharding.make_mesh`.
-        load_format: "auto" or "safetensors" reads safetensors files; "dummy" draws random weights on the device.
+        load_format: See `vjax.weights.manifest.stored_format`; "dummy" draws random weights on the device.
         seed: Of the random weights.
         given: Leaves whose values the caller has, by name.
         show_progress: Show a progress bar when stderr is a terminal.
@@ -52,36 +53,57 @@ def load_weights(
         ModelLoadError: There are no weights, a file is damaged, or tensors are missing, unexpected, mis-shaped or of a
             dtype that is not supported (all of them in one message).
     """
-    if load_format not in LOAD_FORMATS:
-        raise ModelLoadError(
-            f"load_format is {load_format!r}; it must be one of {', '.join(LOAD_FORMATS)}.",
-            parameter="load_format",
-            value=load_format,
-        )
-    shardings = {name: named_sharding(mesh, model.logical_axes[name]) for name in model.leaf_names}
     given = given or {}
-    if load_format == "dummy":
-        return _each_leaf(model, lambda name: _random_leaf(model, name, seed, shardings[name]), show_progress)
-    shapes = {name: spec.shape for name, spec in model.leaf_specs.items() if name not in given}
+    if stored_format(path, load_format) == "dummy":
+        stored = _random_leaves(model, seed, mesh)
+    else:
+        stored = stored_leaves(model, path, mesh=mesh, load_format=load_format, exclude=given.keys())
+    hidden = not (show_progress and sys.stderr.isatty())
+    leaves: dict[str, jax.Array] = {}
+    with tqdm(total=len(model.leaf_names), desc="Loading weights", unit="leaf", disable=hidden) as bar:
+        for name, leaf in stored:
+            leaves[name] = leaf
+            bar.update()
+        for name in given.keys() - leaves.keys():
+            leaves[name] = jax.device_put(given[name], named_sharding(mesh, model.logical_axes[name]))
+            bar.update()
+    return tuple(leaves[name] for name in model.leaf_names)
+
+
+def stored_leaves(
+    model: FunctionalModel,
+    path: str | Path,
+    *,
+    mesh: Mesh,
+    load_format: str = "auto",
+    dtypes: Mapping[str, Any] | None = None,
+    exclude: Collection[str] = (),
+) -> Iterator[tuple[str, jax.Array]]:
+    """(name, leaf) of every leaf of the checkpoint, but for those to `exclude`, as they become ready, in the order of
+    `model.leaf_names`. Arguments and errors as for `load_weights`.
+
+    Args:
+        dtypes: name -> dtype; None is the model's.
+    """
+    specs = {name: spec for name, spec in model.leaf_specs.items() if name not in exclude}
+    targets = {
+        name: jax.ShapeDtypeStruct(
+            spec.shape,
+            spec.dtype if dtypes is None else dtypes[name],
+            sharding=named_sharding(mesh, model.logical_axes[name]),
+        )
+        for name, spec in specs.items()
+    }
+    if stored_format(path, load_format) == "orbax":
+        yield from restore_leaves(Path(path), targets, model.arch.architecture)
+        return
+    shapes = {name: spec.shape for name, spec in specs.items()}
     sources = leaf_sources(model.weight_rules, shapes, model.arch.num_layers)
     with Checkpoint(Path(path)) as checkpoint:
         check_tensors(sources, checkpoint.tensors, tied=model.arch.tie_word_embeddings, where=str(path))
-
-        def make(name: str) -> jax.Array:
-            if name in given:
-                return jax.device_put(given[name], shardings[name])
-            return _load_leaf(sources[name], checkpoint, model.leaf_specs[name].dtype, shardings[name])
-
-        return _each_leaf(model, make, show_progress)
-
-
-def _each_leaf(model: FunctionalModel, make: Callable[[str], jax.Array], show_progress: bool) -> tuple[jax.Array, ...]:
-    hidden = not (show_progress and sys.stderr.isatty())
-    leaves = []
-    for name in tqdm(model.leaf_names, desc="Loading weights", unit="leaf", disable=hidden):
-        # Waiting here is what bounds memory: the host does not run ahead of the transfers.
-        leaves.append(jax.block_until_ready(make(name)))
-    return tuple(leaves)
+        for name, target in targets.items():
+            # Waiting here is what bounds memory: the host does not run ahead of the transfers.
+            yield name, jax.block_until_ready(_load_leaf(sources[name], checkpoint, target.dtype, target.sharding))
 
 
 def _load_leaf(sources: LeafSources, checkpoint: Checkpoint, dtype, sharding: NamedSharding) -> jax.Array:
@@ -89,8 +111,10 @@ def _load_leaf(sources: LeafSources, checkpoint: Checkpoint, dtype, sharding: Na
     if sources.stacked:
         # Small parameters: joined on the host.
         packing = PACKERS[sources.packing]
-        stacked = np.stack([packing.pack(np, group, sources.packed_shape) for group in tensors])
-        return jax.device_put(stacked.astype(dtype), sharding)
+        cast = [[tensor.astype(dtype) for tensor in group] for group in tensors]
+        return jax.device_put(np.stack([packing.pack(np, group, sources.packed_shape) for group in cast]), sharding)
+    if sources.packing == "copy" and tensors[0][0].dtype == dtype:
+        return jax.device_put(tensors[0][0], sharding)  # the largest leaves; a program would hold them twice
     # Transposing on the device is far faster than on the host.
     pack = _pack_on_device(sources.packing, sources.packed_shape, jnp.dtype(dtype).name, sharding)
     return pack(tensors[0])
@@ -106,11 +130,13 @@ def _pack_on_device(packing: str, shape: tuple[int, ...], dtype: str, sharding: 
     return jax.jit(pack, out_shardings=sharding)
 
 
-def _random_leaf(model: FunctionalModel, name: str, seed: int, sharding: NamedSharding) -> jax.Array:
-    spec = model.leaf_specs[name]
-    draw = _random_on_device(model.initialisers[name], spec.shape, jnp.dtype(spec.dtype).name, sharding)
-    # The name, not the position, decides: a model keeps its values when leaves are added.
-    return draw(np.uint32(seed % 2**32), np.uint32(zlib.crc32(name.encode())))
+def _random_leaves(model: FunctionalModel, seed: int, mesh: Mesh) -> Iterator[tuple[str, jax.Array]]:
+    for name, spec in model.leaf_specs.items():
+        sharding = named_sharding(mesh, model.logical_axes[name])
+        draw = _random_on_device(model.initialisers[name], spec.shape, jnp.dtype(spec.dtype).name, sharding)
+        # The name, not the position, decides: a model keeps its values when leaves are added.
+        leaf = draw(np.uint32(seed % 2**32), np.uint32(zlib.crc32(name.encode())))
+        yield name, jax.block_until_ready(leaf)
 
 
 @functools.cache

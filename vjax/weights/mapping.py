@@ -120,16 +120,17 @@ def check_tensors(
         if name in tensors and tensors[name].dtype not in FLOAT_DTYPES
     ]
     problems = [
-        _listed("missing tensors", missing),
-        _listed("unexpected tensors", unexpected),
-        _listed("tensors of a wrong shape", misshaped),
-        _listed(f"tensors whose dtype is not one of {', '.join(FLOAT_DTYPES)}", dtypes),
+        listed("missing tensors", missing),
+        listed("unexpected tensors", unexpected),
+        listed("tensors of a wrong shape", misshaped),
+        listed(f"tensors whose dtype is not one of {', '.join(FLOAT_DTYPES)}", dtypes),
     ]
     if any(problems):
         raise ModelLoadError(f"The weights in {where} do not fit the model:\n" + "\n".join(filter(None, problems)))
 
 
-def _listed(title: str, items: list[str]) -> str:
+def listed(title: str, items: list[str]) -> str:
+    """A paragraph of an error message: how many, and the first of them; empty without items."""
     if not items:
         return ""
     shown = items[:_MAX_LISTED]

@@ -1,0 +1,105 @@
+"""Saves and restores leaves with Orbax, a part of the checkpoint at a time.
+
+A part is an Orbax checkpoint of its own, so that neither way more than one part is on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from vjax.errors import ModelLoadError
+from vjax.parallel.sharding import AXIS_RULES
+from vjax.weights.hub import ORBAX_FOLDER
+from vjax.weights.manifest import Manifest
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
+
+#: Bytes of the leaves of a part, if they are more than one.
+PART_BYTES = 256 << 20
+
+#: Bytes of a chunk: small enough that several threads read a leaf, and that a device reads little but its own share.
+CHUNK_BYTES = 16 << 20
+
+
+def save_part(folder: Path, leaves: Mapping[str, jax.Array], logical_axes: Mapping[str, Sequence[str | None]]) -> None:
+    """Writes one part.
+
+    Args:
+        folder: Must not exist.
+        leaves: By name.
+        logical_axes: name -> logical axes of its dimensions; chunks follow those that are split.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    import orbax.checkpoint as ocp
+
+    save_args = {name: _save_args(leaf, logical_axes[name]) for name, leaf in leaves.items()}
+    try:
+        with _checkpointer() as checkpointer:
+            checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(dict(leaves), save_args))
+    except Exception as error:  # TensorStore has a type for every reason
+        raise OSError(f"{folder} cannot be written: {error}") from error
+
+
+def restore_leaves(
+    model_dir: Path, targets: Mapping[str, jax.ShapeDtypeStruct], architecture: str
+) -> Iterator[tuple[str, jax.Array]]:
+    """(name, leaf) in the order of the checkpoint; every device reads its own share from disk.
+
+    Args:
+        model_dir: Folder that `vjax convert --to orbax` wrote.
+        targets: name -> shape, dtype and placement of every leaf.
+        architecture: As config.json names it.
+
+    Raises:
+        ModelLoadError: The checkpoint is not of these leaves, is of another layout, or cannot be read.
+    """
+    import orbax.checkpoint as ocp
+
+    manifest = Manifest.read(model_dir)
+    manifest.check(architecture, {name: target.shape for name, target in targets.items()}, str(model_dir))
+    manifest.check_files(model_dir)
+    with _checkpointer() as checkpointer:
+        for part, names in manifest.parts().items():
+            folder = (model_dir / ORBAX_FOLDER / part).absolute()
+            wanted = {name: targets[name] for name in names}
+            restore_args = {
+                name: ocp.ArrayRestoreArgs(
+                    restore_type=jax.Array, dtype=target.dtype, sharding=target.sharding, global_shape=target.shape
+                )
+                for name, target in wanted.items()
+            }
+            try:
+                restored = checkpointer.restore(
+                    folder, args=ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args)
+                )
+            except Exception as error:  # TensorStore has a type for every reason
+                raise ModelLoadError(
+                    f"{folder} cannot be restored: {' '.join(str(error).split())} It may be damaged; copy or download "
+                    "the folder again, or repeat `vjax convert`."
+                ) from error
+            for name in names:
+                yield name, jax.block_until_ready(restored.pop(name))
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    import orbax.checkpoint as ocp
+
+    # Trained weights hardly compress, and decompressing them would take longer than reading them.
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, use_compression=False))
+
+
+def _save_args(leaf: jax.Array, logical_axes: Sequence[str | None]) -> Any:
+    """Chunks that no placement splits: Orbax cuts along the longest axis, unless the split one is named to it, and then
+    down to single rows, which only the few heads are good for."""
+    import orbax.checkpoint as ocp
+
+    split = [axis for axis, name in enumerate(logical_axes) if name is not None and AXIS_RULES[name] is not None]
+    few = tuple(axis for axis in split if leaf.shape[axis] <= 64 and leaf.nbytes > CHUNK_BYTES)
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=few)
