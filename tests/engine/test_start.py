@@ -50,3 +50,14 @@ def test_everything_is_compiled_before_serving(start_lines):
     assert "7 lowered by" in first and "0 on disk" in first and "warm-up" in first
     assert "7 lowered ones on disk" in second
     assert not [line for line in start_lines if "worker process failed" in line]
+
+
+def test_collections_skip_a_living_engine():
+    """A full collection looks at what came after the engine only, and at everything once the engine is gone."""
+    import gc
+
+    gc.unfreeze()
+    llm = LLM("vjax-tiny", max_model_len=64)
+    assert gc.get_freeze_count() > 10_000
+    del llm
+    assert gc.get_freeze_count() == 0

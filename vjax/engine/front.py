@@ -12,6 +12,7 @@ from typing import Any
 
 from vjax.config.engine_args import EngineArgs
 from vjax.config.engine_config import EngineConfig
+from vjax.engine import heap
 from vjax.engine.builder import build_engine
 from vjax.engine.input_processor import InputProcessor
 from vjax.engine.interrupt import DeferInterrupt
@@ -58,6 +59,7 @@ class BaseLLMEngine:
             self._recorder = MetricsRecorder(built.config.model.max_model_len, built.config.cache)
         self._outputs = OutputProcessor(self.tokenizer, self._recorder)
         self._undelivered: list[RequestOutput] = []
+        heap.freeze(self)
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs) -> BaseLLMEngine:
