@@ -3,7 +3,7 @@ from __future__ import annotations
 import hashlib
 
 from tests.scheduler.simulation import make_request
-from vjax.kv.hashing import extend_block_hashes, hash_block
+from vjax.kv.hashing import encode_tokens, extend_block_hashes, hash_block
 from vjax.request import Request
 
 
@@ -20,20 +20,20 @@ def hashes(prompt: list[int], salt: str | None = None, block_size: int = 4) -> l
 def test_encoding_is_fixed() -> None:
     words = [2, 7, 2**40]
     encoded = bytes(32) + b"".join(w.to_bytes(8, "little") for w in words)
-    assert hash_block(None, (7, 2**40), None) == hashlib.sha256(encoded).digest()
+    assert hash_block(None, encode_tokens((7, 2**40)), None) == hashlib.sha256(encoded).digest()
 
 
 def test_every_argument_counts() -> None:
-    base = hash_block(b"p" * 32, (1, 2, 3), ("cache_salt", "x"))
+    base = hash_block(b"p" * 32, encode_tokens((1, 2, 3)), ("cache_salt", "x"))
     others = [
-        hash_block(None, (1, 2, 3), ("cache_salt", "x")),
-        hash_block(b"q" * 32, (1, 2, 3), ("cache_salt", "x")),
-        hash_block(b"p" * 32, (1, 3, 2), ("cache_salt", "x")),
-        hash_block(b"p" * 32, (1, 2), ("cache_salt", "x")),
-        hash_block(b"p" * 32, (1, 2, 3), None),
-        hash_block(b"p" * 32, (1, 2, 3), ("cache_sal", "tx")),
-        hash_block(b"p" * 32, (1, 2, 3), ("cache_salt", "x", "")),
-        hash_block(b"p" * 32, (1, 2, 3), ("cache_salt", "\udcff")),
+        hash_block(None, encode_tokens((1, 2, 3)), ("cache_salt", "x")),
+        hash_block(b"q" * 32, encode_tokens((1, 2, 3)), ("cache_salt", "x")),
+        hash_block(b"p" * 32, encode_tokens((1, 3, 2)), ("cache_salt", "x")),
+        hash_block(b"p" * 32, encode_tokens((1, 2)), ("cache_salt", "x")),
+        hash_block(b"p" * 32, encode_tokens((1, 2, 3)), None),
+        hash_block(b"p" * 32, encode_tokens((1, 2, 3)), ("cache_sal", "tx")),
+        hash_block(b"p" * 32, encode_tokens((1, 2, 3)), ("cache_salt", "x", "")),
+        hash_block(b"p" * 32, encode_tokens((1, 2, 3)), ("cache_salt", "\udcff")),
     ]
     assert len({base, *others}) == len(others) + 1
 

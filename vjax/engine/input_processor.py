@@ -171,8 +171,7 @@ class InputProcessor:
         return self._in_vocabulary(ids)
 
     def _in_vocabulary(self, ids: list[int]) -> list[int]:
-        different = set(ids)
-        if min(different) < 0 or max(different) >= self._vocab_size:
+        if min(ids) < 0 or max(ids) >= self._vocab_size:
             raise self._out_of_vocabulary("prompt_token_ids", ids)
         return ids
 
