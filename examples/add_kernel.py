@@ -2,9 +2,9 @@
 
     python examples/add_kernel.py [--model FOLDER_OR_HUB_ID]    (a Llama)
 
-On the CPU the kernel runs in Pallas' interpreter; on a GPU Pallas compiles it, by way of Triton. The class that calls it
-is registered in place of vjax's own Llama, so every Llama checkpoint gets it. pallas_kernels/README.md says how vjax's own
-kernels are built.
+On the CPU the kernel runs in Pallas' interpreter; on a GPU Pallas compiles it, by way of Triton. The class that calls
+it is registered in place of vjax's own Llama, so every Llama checkpoint gets it. pallas_kernels/README.md says how
+vjax's own kernels are built.
 """
 
 from __future__ import annotations
@@ -20,10 +20,6 @@ from vjax import LLM, ModelRegistry, SamplingParams
 from vjax.layers.linear import matmul
 from vjax.layers.mlp import GatedMLP
 from vjax.models.llama import LlamaForCausalLM
-
-
-#: Numbers of tokens for which the kernel was traced: once for each shape of the step, never while steps run.
-traced: list[int] = []
 
 
 def swiglu_reference(gate_up: jax.Array) -> jax.Array:
@@ -42,7 +38,6 @@ def swiglu(gate_up: jax.Array) -> jax.Array:
     """What `swiglu_reference` defines, as a kernel."""
     num_tokens, _, ffn = gate_up.shape
     columns = math.gcd(ffn, 1024)  # a power of two, as Triton wants it
-    traced.append(num_tokens)
     return pl.pallas_call(
         swiglu_kernel,
         grid=(num_tokens, ffn // columns),
@@ -84,12 +79,10 @@ def main(model: str = "vjax-tiny") -> None:
     error = jnp.max(jnp.abs(swiglu(gate_up) - swiglu_reference(gate_up)))
     print(f"kernel against its reference: largest difference {error:.1e}")
 
-    traced.clear()
     ModelRegistry.register_model("LlamaForCausalLM", KernelLlama)
     after = generate(model)
     print(f"with the kernel in every layer:\n{after.text}")
     print(f"the same tokens as before: {after.token_ids == before.token_ids}")
-    print(f"the kernel was traced for steps of {traced} tokens")
 
 
 if __name__ == "__main__":

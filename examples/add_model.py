@@ -27,7 +27,6 @@ from vjax.models.hf_config import decoder_arch
 from vjax.models.weight_rules import DECODER_RULES
 from vjax.weights.hub import resolve_model_path
 
-
 RENAMED = ("model.layers.", "decoder.blocks.")
 
 

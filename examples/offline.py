@@ -22,13 +22,13 @@ def main(model: str = "vjax-tiny") -> None:
     with LLM(model) as llm:
         # Temperature 0 takes the most probable token each time; `stop` ends a completion before one of these strings.
         greedy = SamplingParams(temperature=0.0, max_tokens=48, stop=["\n\n"])
-        for output in llm.generate(PROMPTS, greedy, use_tqdm=False):
+        for prompt, output in zip(PROMPTS, llm.generate(PROMPTS, greedy, use_tqdm=False), strict=True):
             completion = output.outputs[0]
             print(
                 f"--- {len(output.prompt_token_ids)} prompt tokens, then {len(completion.token_ids)} generated,", end=""
             )
             print(f" ended by {completion.finish_reason} ({completion.stop_reason!r})")
-            print(output.prompt + completion.text)
+            print(prompt + completion.text)
 
         # A request with a seed draws the same tokens in any batch; `n` asks for several completions of one prompt.
         sampled = SamplingParams(n=3, temperature=0.8, top_p=0.95, seed=7, max_tokens=12)

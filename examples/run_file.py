@@ -2,8 +2,8 @@
 
     python examples/run_file.py [--model FOLDER_OR_HUB_ID]
 
-Writes a run file that extends configs/quickstart.yaml and runs it, as `vjax run` in a shell would, twice: the second run
-finds that nothing is left to do.
+Writes a run file that extends configs/quickstart.yaml and runs it, as `vjax run` in a shell would, twice: the second
+run finds that nothing is left to do.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The READMEs' Python runs as it stands, their commands are understood, and the tables of vjax/README.md name every file.
+"""The READMEs' Python runs as it stands, their commands are understood, and vjax/README.md names every file.
 
 A block of Python that cannot run alone is marked: ```python fragment.
 """

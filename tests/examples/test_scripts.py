@@ -43,12 +43,10 @@ def test_every_script_is_tested_and_in_the_readme():
 
 
 @pytest.mark.parametrize("name", TEACHING)
-def test_a_script_is_short_and_says_how_to_run_it(name):
-    source = (EXAMPLES / name).read_text()
-    tree = ast.parse(source)
+def test_a_script_says_how_to_run_it(name):
+    tree = ast.parse((EXAMPLES / name).read_text())
     assert f"python examples/{name} [--model" in (ast.get_docstring(tree) or "")
     assert any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body)
-    assert 30 <= len(source.splitlines()) <= 100
 
 
 def test_offline(run):
@@ -139,7 +137,6 @@ def test_add_kernel(run, monkeypatch):
     error = re.match(r"kernel against its reference: largest difference (\S+)\n", text)
     assert error is not None and float(error[1]) < 2e-6
     assert "\nthe same tokens as before: True\n" in text
-    # Once for the comparison, with 5 tokens; then by the engine.
-    traced = [num_tokens for num_tokens, _ in called]
-    assert traced[0] == 5 and len(traced) > 1
-    assert text.endswith(f"\nthe kernel was traced for steps of {traced[1:]} tokens\n")
+    # Traced for the comparison, with 5 tokens; then by the engine, for the prompt's bucket and for decoding.
+    num_tokens = [grid[0] for grid in called]
+    assert num_tokens[0] == 5 and len(num_tokens) == 3

@@ -1,5 +1,7 @@
-"""Which architectures there are: those of vjax, and those that users register. A new model of vjax's own is a file beside
-this one and a line in `MODELS`."""
+"""Which architectures there are: those of vjax, and those that users register.
+
+A new model of vjax's own is a file beside this one and a line in `MODELS`.
+"""
 
 from __future__ import annotations
 
