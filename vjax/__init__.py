@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vjax.config.engine_args import EngineArgs
     from vjax.errors import ConfigError, EngineStepError, ModelLoadError, OutOfMemoryError, VjaxValidationError
     from vjax.llm import LLM
+    from vjax.models.registry import ModelRegistry
     from vjax.outputs import CompletionOutput, RequestOutput
     from vjax.sampling_params import RequestOutputKind, SamplingParams
 
@@ -24,6 +25,7 @@ _MODULES = {
     "EngineArgs": "vjax.config.engine_args",
     "EngineStepError": "vjax.errors",
     "ModelLoadError": "vjax.errors",
+    "ModelRegistry": "vjax.models.registry",
     "OutOfMemoryError": "vjax.errors",
     "RequestOutput": "vjax.outputs",
     "RequestOutputKind": "vjax.sampling_params",
@@ -38,6 +40,7 @@ __all__ = [
     "EngineArgs",
     "EngineStepError",
     "ModelLoadError",
+    "ModelRegistry",
     "OutOfMemoryError",
     "RequestOutput",
     "RequestOutputKind",

@@ -21,7 +21,7 @@ from vjax.engine.core import EngineCore
 from vjax.log import logger
 from vjax.models.arch import ArchConfig
 from vjax.models.functional import build_model
-from vjax.models.registry import arch_config_from_hf, read_hf_config
+from vjax.models.registry import arch_config_from_hf, is_registered, read_hf_config
 from vjax.parallel.sharding import make_mesh
 from vjax.runner import memory, platform
 from vjax.runner.buckets import Buckets
@@ -178,9 +178,11 @@ def _kv_dtype(config: EngineConfig, kind: str) -> jnp.dtype:
 
 
 def _lowered_elsewhere(executables: Executables) -> AbstractContextManager[LoweredPrograms | None]:
-    """Has other processes lower what is not on disk; None on the CPU, where programs are compiled when they are needed,
-    and for several devices, whose placement an exported program would have to carry."""
-    if executables.platform != "gpu" or executables.mesh.size > 1:
+    """Has other processes lower what is not on disk. None on the CPU, where programs are compiled when they are needed;
+    for several devices, whose placement an exported program would have to carry; and for a user's model, which other
+    processes do not know and whose sources do not count in the names on disk."""
+    registered = is_registered(executables.step.model.arch.architecture)
+    if executables.platform != "gpu" or executables.mesh.size > 1 or registered:
         return nullcontext()
     description = StepDescription.of(executables.step, executables.mesh, "cuda")
     cache = LoweredCache(platform.lowered_cache_dir(), repr(description)) if envs.compile_cache_enabled() else None

@@ -1,4 +1,7 @@
-"""Which architectures there are. A new model is a file beside this one and a line in `MODELS`."""
+"""Which architectures there are: those of vjax, and those that users register.
+
+A new model of vjax's own is a file beside this one and a line in `MODELS`.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from vjax.errors import ModelLoadError
+from vjax.log import logger
 from vjax.models.arch import ArchConfig
 from vjax.models.hf_config import read_hf_config
 
 if TYPE_CHECKING:
     from vjax.models.decoder import DecoderModel
 
-__all__ = ["MODELS", "arch_config_from_hf", "get_model_class", "read_hf_config", "supported_architectures"]
+__all__ = [
+    "MODELS",
+    "ModelRegistry",
+    "arch_config_from_hf",
+    "get_model_class",
+    "is_registered",
+    "read_hf_config",
+    "supported_architectures",
+]
+
+log = logger(__name__)
 
 #: Hugging Face architecture -> module, which holds a class of that name. Imported when first asked for.
 MODELS: dict[str, str] = {
@@ -22,10 +36,49 @@ MODELS: dict[str, str] = {
     "Qwen3ForCausalLM": "vjax.models.qwen3",
 }
 
+#: What users registered: a class, or "module:class" until it is first asked for. It counts before `MODELS`.
+_registered: dict[str, type[DecoderModel] | str] = {}
+
+
+class ModelRegistry:
+    """Adds architectures from outside the package, as vLLM's class of this name does."""
+
+    @staticmethod
+    def register_model(model_arch: str, model_cls: type[DecoderModel] | str) -> None:
+        """Has `model_cls` serve the checkpoints whose config.json names `model_arch`, in this process, from now on.
+
+        Args:
+            model_arch: One that vjax has may be given: it is replaced.
+            model_cls: A subclass of `vjax.models.decoder.DecoderModel`, or "module:class", imported when first needed.
+
+        Raises:
+            TypeError: `model_arch` is no string, or `model_cls` neither such a class nor a string.
+            ValueError: The string is not of that form.
+        """
+        if not isinstance(model_arch, str):
+            raise TypeError(f"model_arch is {model_arch!r}; the name of an architecture is needed.")
+        if not isinstance(model_cls, str):
+            _check_class(model_cls)
+        elif not all(part.strip() for part in model_cls.partition(":")) or model_cls.count(":") != 1:
+            raise ValueError(f"model_cls is {model_cls!r}; a class, or a string 'module:class', is needed.")
+        if model_arch in supported_architectures():
+            log.warning("architecture %s was there already; from now on %s serves it", model_arch, model_cls)
+        _registered[model_arch] = model_cls
+
+    @staticmethod
+    def get_supported_archs() -> set[str]:
+        """Hugging Face class names that a config.json may name."""
+        return set(supported_architectures())
+
 
 def supported_architectures() -> list[str]:
     """Hugging Face class names, as config.json spells them."""
-    return list(MODELS)
+    return list(MODELS | _registered)
+
+
+def is_registered(architecture: str) -> bool:
+    """Whether its class comes from outside vjax."""
+    return architecture in _registered
 
 
 def arch_config_from_hf(config: dict[str, Any]) -> ArchConfig:
@@ -37,8 +90,9 @@ def arch_config_from_hf(config: dict[str, Any]) -> ArchConfig:
     """
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1 or not isinstance(architectures[0], str):
+        supported = ", ".join(supported_architectures())
         raise ModelLoadError(
-            f"config.json: architectures is {architectures!r}; a list of one of {', '.join(MODELS)} is needed.",
+            f"config.json: architectures is {architectures!r}; a list of one of {supported} is needed.",
             parameter="architectures",
             value=architectures,
         )
@@ -55,10 +109,38 @@ def get_model_class(arch: ArchConfig) -> type[DecoderModel]:
 
 
 def _model_class(architecture: str) -> type[DecoderModel]:
+    if architecture in _registered:
+        return _registered_class(architecture)
     if architecture not in MODELS:
         raise ModelLoadError(
-            f"Architecture {architecture!r} is not supported; supported are {', '.join(MODELS)}.",
+            f"Architecture {architecture!r} is not supported; supported are {', '.join(supported_architectures())}. "
+            "vjax.ModelRegistry.register_model adds one.",
             parameter="architectures",
             value=architecture,
         )
     return getattr(importlib.import_module(MODELS[architecture]), architecture)
+
+
+def _registered_class(architecture: str) -> type[DecoderModel]:
+    model = _registered[architecture]
+    if isinstance(model, str):
+        module, _, name = model.partition(":")
+        try:
+            model = getattr(importlib.import_module(module), name)
+            _check_class(model)
+        except (ImportError, AttributeError, TypeError) as e:
+            raise ModelLoadError(
+                f"Architecture {architecture!r} was registered as {model!r}, which cannot be used: {e}",
+                parameter="architectures",
+                value=architecture,
+            ) from e
+        _registered[architecture] = model
+    return model
+
+
+def _check_class(model: Any) -> None:
+    """Raises: TypeError unless it is a class that an engine can run."""
+    from vjax.models.decoder import DecoderModel
+
+    if not (isinstance(model, type) and issubclass(model, DecoderModel)):
+        raise TypeError(f"{model!r} is no subclass of vjax.models.decoder.DecoderModel.")
