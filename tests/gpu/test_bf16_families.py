@@ -67,6 +67,16 @@ CONFIGS = {
     "mistral-window": _config("Mistral", sliding_window=24, head_dim=128),
     "qwen2": _config("Qwen2", rope_theta=1000000.0, num_attention_heads=7, num_key_value_heads=1),
     "qwen3": _config("Qwen3", head_dim=128, tie_word_embeddings=True),
+    # A layer for whose products the kernels of `pallas_kernels.matmul` are tuned.
+    "llama3-8b-layer": _config(
+        "Llama",
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=1,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+    ),
 }
 #: Prompts of one token, about a block, about two, and one that is computed in two steps.
 LENGTHS = (1, 15, 33, 90)
@@ -104,10 +114,11 @@ def steps() -> Iterator[SchedulerOutput]:
 def random_leaves(model: FunctionalModel) -> tuple[jax.Array, ...]:
     """Weights that bfloat16 holds exactly, large enough for uneven attention and logits that are far apart."""
     leaves = []
+    scale = 1.2 / model.arch.hidden_size**0.5
     for name in model.leaf_names:
         rng, shape = np.random.default_rng(zlib.crc32(name.encode())), model.leaf_specs[name].shape
         is_norm = model.initialisers[name] == "ones"
-        values = rng.uniform(0.5, 1.5, shape) if is_norm else rng.normal(0.0, 0.15, shape)
+        values = rng.uniform(0.5, 1.5, shape) if is_norm else rng.normal(0.0, scale, shape)
         leaf = values.astype(jnp.bfloat16).astype(model.dtype)
         leaves.append(jax.device_put(leaf, named_sharding(model.mesh, model.logical_axes[name])))
     return tuple(leaves)
