@@ -46,7 +46,7 @@ def mode_bars(
         # Room for the numbers above the bars.
         one.set_ylim(0, 1.25 * max(height for heights in values.values() for height in heights) or 1)
     handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper right", frameon=False, fontsize=9, ncols=len(names))
+    figure.legend(handles, names, loc="outside lower center", frameon=False, fontsize=9, ncols=len(names))
     figure.suptitle(title, fontsize=10)
     return figure
 

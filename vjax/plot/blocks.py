@@ -72,7 +72,7 @@ def block_pool(
         for block in range(1, num_blocks):
             held = min(holders[block], 2)
             image[block - 1][column] = held + 1 if held else int(block in step.cached_block_ids)
-    figure, (axes,) = new_figure(min(12, max(7.5, 2 + 0.09 * len(steps))), 1.8 + 0.105 * max(num_blocks, 16))
+    figure, (axes,) = new_figure(min(12, max(7.5, 2 + 0.09 * len(steps))), 1.8 + 0.085 * max(num_blocks, 20))
     axes.imshow(
         image,
         cmap=ListedColormap(list(colours.values())),
