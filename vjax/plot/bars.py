@@ -29,7 +29,7 @@ def mode_bars(
         labels: The workloads.
         forms: A format of the numbers per panel; ".3g" by default.
     """
-    figure, axes = new_figure(max(6.5, 2.6 + 2.2 * len(labels) * len(panels) / 2), 4.4, columns=len(panels))
+    figure, axes = new_figure(max(6.5, 2.6 + 1.35 * len(labels) * len(panels)), 4.4, columns=len(panels))
     for one, (name, values), form in zip(axes, panels.items(), forms or [".3g"] * len(panels), strict=True):
         width = 0.8 / len(values)
         first = next(iter(values.values()))
