@@ -115,7 +115,7 @@ def figure(records: Sequence[Record]) -> Figure:
 
     cached = [record["num_cached_tokens"] for record in records]
     return plot.prefix_cache(
-        ["on" if record["engine"]["enable_prefix_caching"] else "off" for record in records],
+        [f"caching {'on' if record['engine']['enable_prefix_caching'] else 'off'}" for record in records],
         cached,
         [record["num_prompt_tokens"] - n for record, n in zip(records, cached, strict=True)],
         [record["elapsed_time"] for record in records],

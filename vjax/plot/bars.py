@@ -122,6 +122,8 @@ def prefix_cache(
     left.set_yticks(places, labels)
     left.invert_yaxis()
     left.set_xlabel("prompt tokens", fontsize=9)
+    for axes in (left, right):  # fewer numbers, or those of the two panels touch
+        axes.locator_params(axis="x", nbins=5)
     colours = {"from the prefix cache": ORANGE, "computed": LIGHT_BLUE}
     swatches(left, colours, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     bars = right.barh(places, seconds, color=BLUE)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 BLUE, LIGHT_BLUE, ORANGE, GREEN, GREY, LIGHT_GREY = "#1f6feb", "#a8c7fa", "#f2994a", "#5b8e7d", "#9aa5b1", "#edf0f3"
 #: Told apart in print and by most of the colour-blind; the order in which things without a colour of their own get one.
-SERIES = ("#6ea8fe", ORANGE, GREEN, "#8d5a97", "#d1495b", "#edae49", "#7d8597", "#bcb8b1")
+SERIES = ("#6ea8fe", ORANGE, GREEN, "#b08fbb", "#d1495b", "#edae49", "#7d8597", "#bcb8b1")
 
 
 def new_figure(
