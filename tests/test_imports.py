@@ -18,14 +18,15 @@ LEAVES = {"config", "envs", "errors", "log", "messages", "metrics", "outputs", "
 #: Package of vjax -> the packages that it may import, leaves apart.
 ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
-    "benchmarks": {"llm", "runner", "scheduler"},
-    "cli": {"benchmarks", "llm", "models", "text", "weights"},
+    "benchmarks": {"llm", "plot", "runner", "scheduler"},
+    "cli": {"benchmarks", "llm", "models", "plot", "text", "weights"},
     "engine": {"models", "parallel", "runner", "scheduler", "text", "v1", "weights"},
     "kv": set(),
     "layers": {"models", "parallel"},
     "llm": {"engine", "text"},
     "models": {"layers"},
     "parallel": set(),
+    "plot": set(),
     "runner": {"models", "parallel", "sample"},
     "sample": set(),
     "scheduler": {"kv"},
@@ -37,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
 #: Packages that call kernels; the four modules ask pallas_kernels for an implementation, its runtime, and a plan.
 USE_KERNELS = {"layers", "sample", "quant", "lora"}
 PLAN_KERNELS = {"vjax.cli.collect_env", "vjax.engine.builder", "vjax.runner.exported", "vjax.runner.step"}
-NO_JAX = LEAVES | {"benchmarks", "cli", "kv", "scheduler", "text"}
+NO_JAX = LEAVES | {"benchmarks", "cli", "kv", "plot", "scheduler", "text"}
 #: The only modules that read or set environment variables: the settings, and what JAX itself takes from there.
 #: Where torch may be imported, inside a function.
 COMPARE_WITH_TORCH = {"pallas_kernels.bench.attention"}

@@ -1,4 +1,5 @@
-"""What the engine hands back: one `RequestOutput` per prompt, with one `CompletionOutput` per completion."""
+"""What the engine hands back: one `RequestOutput` per prompt, with one `CompletionOutput` per completion; and, to who
+records steps, one `StepRecord` per step."""
 
 from __future__ import annotations
 
@@ -160,6 +161,49 @@ class RequestOutput:
             f"num_cached_tokens={self.num_cached_tokens}",
         ]
         return f"RequestOutput({', '.join(parts)})"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStep:
+    """A running request in one step, as it was scheduled."""
+
+    request_id: str
+    num_prompt_tokens: int
+    #: Tokens that it computes in this step; 0 where it waits for its turn.
+    num_tokens: int
+    #: Its tokens whose KV is in the cache once this step is done.
+    num_computed_tokens: int
+    #: Its prompt tokens that the prefix cache had when it was first admitted.
+    num_cached_tokens: int
+    #: Its block table: the KV blocks that it holds, in order of position.
+    block_ids: tuple[int, ...]
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Those of `num_tokens` that are of the prompt."""
+        return max(0, min(self.num_tokens, self.num_prompt_tokens - (self.num_computed_tokens - self.num_tokens)))
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """What one step was given to do, and what the scheduler's books said then; see `record_steps` of the engine."""
+
+    step_id: int
+    #: Every running request: those of the step in the order of its batch, then those that wait for their turn.
+    requests: tuple[RequestStep, ...]
+    num_waiting: int
+    #: Blocks whose content the prefix cache can find, whether or not a request holds them.
+    cached_block_ids: frozenset[int]
+
+    def counts(self) -> dict[str, int]:
+        """Tokens and requests: "prefill_tokens", "decode_tokens", "running" and "waiting"."""
+        prefill = sum(request.num_prefill_tokens for request in self.requests)
+        return {
+            "prefill_tokens": prefill,
+            "decode_tokens": sum(request.num_tokens for request in self.requests) - prefill,
+            "running": len(self.requests),
+            "waiting": self.num_waiting,
+        }
 
 
 def _short(token_ids: list[int], limit: int = 16) -> str:

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from vjax import envs
-from vjax.benchmarks import picture, prefix_caching, process, startup
+from vjax import envs, plot
+from vjax.benchmarks import compare, latency, prefix_caching, process, startup
 from vjax.benchmarks.records import percentiles, table
 from vjax.cli.main import main
 from vjax.errors import VjaxValidationError
@@ -47,7 +47,7 @@ def test_help(capsys, name):
         main(["bench", name, "--help"])
     out = capsys.readouterr().out
     assert out.startswith(f"usage: vjax bench {name} ") and "--output-json" in out
-    assert ("--engine.NAME" in out) == (name != "host")
+    assert ("--engine.NAME" in out) == (name != "host") and ("--plot FILE" in out) == (name != "compare")
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_compare(bench, tmp_path):
     assert all(r["mean_first_token_latency"] > 0 and r["num_compilations"] == 0 for r in records)
     check_setting(records[0])
     assert path.read_bytes().startswith(b"\x89PNG") and f"wrote {path}" in err
-    picture.draw([r for r in records if r["mode"] == "V1"], tmp_path / "one.svg")
+    plot.save(compare.figure([r for r in records if r["mode"] == "V1"]), tmp_path / "one.svg")
     assert "<svg" in (tmp_path / "one.svg").read_text()
 
 
@@ -210,6 +210,45 @@ def test_compare_without_matplotlib(bench, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
     code, _, err = bench("compare")
     assert code == 2 and err.endswith("The picture needs matplotlib: pip install 'vjax[bench]'.\n")
+
+
+# ---- pictures -----------------------------------------------------------------------------------------------------
+
+
+def test_plot_of_throughput(bench, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "new" / "steps.png"
+    arguments = ["--num-prompts", "5", "--input-len", "20", "--output-len", "6", "--disable-detokenize"]
+    code, [record], err = bench("throughput", *SMALL, *arguments, "--plot", path)
+    assert code == 0 and path.read_bytes().startswith(b"\x89PNG") and f"wrote {path}" in err
+    assert sum(step["prefill_tokens"] for step in record["steps"]) == 5 * 20
+    assert sum(step["decode_tokens"] for step in record["steps"]) == 5 * (6 - 1)
+
+
+def test_plot_of_host(bench, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert bench("host", "--num-seqs", "4", "8", "--steps", "5", "--plot", tmp_path / "host.svg")[0] == 0
+    assert "8 running" in (tmp_path / "host.svg").read_text()
+    code, records, err = bench("host", "--plot", tmp_path / "host.doc")
+    assert (code, records) == (2, []) and "must end in one of" in err
+
+
+def test_figures_of_records(tmp_path):
+    pytest.importorskip("matplotlib")
+    measured_on = {
+        "versions": {"vjax": "1"},
+        "engine_args": {"model": "m"},
+        "engine": {"dtype": "float32", "enable_prefix_caching": True},
+        "device": {"kind": "cpu"},
+    }
+    batches = {"batch_size": 2, "input_len": 3, "output_len": 4, "latencies": [0.1, 0.2]}
+    figure = latency.figure([batches | {"percentiles": {"50": 0.15, "99": 0.2}} | measured_on])
+    assert "2 requests at once, 3 tokens in, 4 out" in figure.get_suptitle()
+    tokens = {"num_prompt_tokens": 10, "num_cached_tokens": 8, "num_requests": 2, "elapsed_time": 1.5}
+    assert [t.get_text() for t in prefix_caching.figure([tokens | measured_on]).axes[0].texts] == ["8", "2"]
+    times = {"avg_startup_time": 5.0, "avg_import_time": 2.0, "avg_engine_time": 2.5, "avg_first_token_time": 6.0}
+    [axes] = startup.figure([times | {"cache": "cold"} | measured_on]).axes
+    assert [t.get_text() for t in axes.texts] == ["0.50", "2.00", "2.50", "1.00", "  6.00"]
 
 
 # ---- parts --------------------------------------------------------------------------------------------------------

@@ -5,16 +5,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vjax.benchmarks import datasets, throughput
 from vjax.benchmarks.arguments import positive, temperature
+from vjax.benchmarks.datasets import Dataset
 from vjax.benchmarks.process import call
-from vjax.benchmarks.records import Record
+from vjax.benchmarks.records import Record, caption
 from vjax.config.engine_args import EngineArgs
 from vjax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MODES = ("V0", "V1")
 _DATASETS = ("random", "sharegpt", "prefix_repetition")
@@ -54,7 +58,7 @@ def run(args: argparse.Namespace, engine: EngineArgs) -> Iterator[Record]:
 
     Each mode has a process of its own, one after the other, so that they share neither memory nor compiled programs.
     """
-    from vjax.benchmarks import picture
+    from vjax import plot
 
     modes = args.modes or list(MODES)
     for what, names in (("mode", modes), ("workload", args.dataset_name)):
@@ -63,7 +67,7 @@ def run(args: argparse.Namespace, engine: EngineArgs) -> Iterator[Record]:
     if engine.use_v1 is not None:
         raise ConfigError(f"use_v1={engine.use_v1} and the modes say the same twice; leave --engine.use_v1 out.")
     chosen = datasets.chosen(args, args.dataset_name, _LENGTHS)
-    picture.check(args.output)
+    plot.check(args.output)
     limits: dict[str, Any] = {name: n for name, n in _LIMITS.items() if getattr(engine, name) is None}
     records: list[Record] = []
     for mode in modes:
@@ -78,7 +82,7 @@ def run(args: argparse.Namespace, engine: EngineArgs) -> Iterator[Record]:
         for measured in call("throughput", arguments):
             records.append(measured | {"bench": "compare", "mode": mode})
             yield records[-1]
-    picture.draw(records, args.output)
+    plot.save(figure(records), args.output)
     print(f"wrote {args.output}", file=sys.stderr)
 
 
@@ -90,6 +94,30 @@ def row(record: Record) -> dict[str, str]:
         "cached": str(record["num_cached_tokens"]),
         "first token after s": f"{record['mean_first_token_latency']:.3f}",
     }
+
+
+def figure(records: Sequence[Record]) -> Figure:
+    """Throughput and time to the first token, a group of bars per workload and a bar per mode.
+
+    Args:
+        records: As many of each workload as there are modes.
+    """
+    from vjax import plot
+
+    modes = list(dict.fromkeys(r["mode"] for r in records))
+    panels = {
+        name: {mode: [r[key] for r in records if r["mode"] == mode] for mode in modes}
+        for name, key in (
+            ("output tokens per second", "output_tokens_per_second"),
+            ("mean seconds to the first token", "mean_first_token_latency"),
+        )
+    }
+    labels = list(dict.fromkeys(Dataset(**r["dataset"]).label for r in records))
+    title = (
+        f"V0 and V1, {records[0]['num_requests']} requests at once, at most "
+        f"{records[0]['engine']['max_num_seqs']} running\n{caption(records[0])}"
+    )
+    return plot.mode_bars(panels, labels, title=title, forms=(",.0f", ".2f"))
 
 
 def _mode(text: str) -> str:

@@ -9,8 +9,8 @@ import argparse
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from vjax.config.cache import CacheConfig
 from vjax.config.scheduler import SchedulerConfig
@@ -19,6 +19,9 @@ from vjax.runner.buckets import Buckets
 from vjax.runner.packing import PackedLayout
 from vjax.sampling_params import SamplingParams
 from vjax.scheduler.factory import make_scheduler
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BLOCK_SIZE = 16
 PROMPT_LEN = 512
@@ -45,6 +48,18 @@ def row(record: dict[str, Any]) -> dict[str, str]:
         **{f"{part} ms": f"{record[f'{part}_ms']:.3f}" for part in parts},
         "total p99 ms": f"{record['total_p99_ms']:.3f}",
     }
+
+
+def figure(records: Sequence[dict[str, Any]]) -> Figure:
+    """The parts of a step, a bar per number of running requests."""
+    from vjax import plot
+
+    rows = {
+        f"{record['num_seqs']} running": {part: record[f"{part}_ms"] for part in ("schedule", "pack", "update")}
+        for record in records
+    }
+    title = "The host's own work in a decode step: it should grow no faster than the requests"
+    return plot.phases(rows, xlabel="ms per step, medians", title=title, form=".3f")
 
 
 def measure(num_seqs: int, num_steps: int) -> dict[str, float | int | str]:

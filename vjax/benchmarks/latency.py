@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from vjax.benchmarks import profile
 from vjax.benchmarks.arguments import add_sampling_arguments, natural, positive
-from vjax.benchmarks.records import Record
+from vjax.benchmarks.records import Record, caption
 from vjax.config.engine_args import EngineArgs
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,3 +102,16 @@ def row(record: Record) -> dict[str, str]:
         "p99 s": f"{record['percentiles']['99']:.4f}",
         "mean ms/output token": f"{per_token:.3f}",
     }
+
+
+def figure(records: Sequence[Record]) -> Figure:
+    """Seconds of each batch, with the median and the 99th percentile."""
+    from vjax import plot
+
+    [record] = records
+    shown = {name: record["percentiles"][name] for name in ("50", "99")}
+    title = (
+        f"Latency of {record['batch_size']} requests at once, {record['input_len']} tokens in, "
+        f"{record['output_len']} out: the closer the batches, the steadier\n{caption(record)}"
+    )
+    return plot.latencies(record["latencies"], shown, title=title)

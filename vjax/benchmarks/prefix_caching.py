@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from vjax.benchmarks.arguments import add_sampling_arguments, length_range, natural, positive
-from vjax.benchmarks.records import Record
+from vjax.benchmarks.records import Record, caption
 from vjax.config.engine_args import EngineArgs
 from vjax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,3 +107,19 @@ def row(record: Record) -> dict[str, str]:
         "s": f"{record['elapsed_time']:.3f}",
         "requests/s": f"{record['requests_per_second']:.2f}",
     }
+
+
+def figure(records: Sequence[Record]) -> Figure:
+    """Prompt tokens from the cache and computed, and seconds, without and with prefix caching."""
+    from vjax import plot
+
+    cached = [record["num_cached_tokens"] for record in records]
+    return plot.prefix_cache(
+        [f"caching {'on' if record['engine']['enable_prefix_caching'] else 'off'}" for record in records],
+        cached,
+        [record["num_prompt_tokens"] - n for record, n in zip(records, cached, strict=True)],
+        [record["elapsed_time"] for record in records],
+        title=f"Prefix caching: what is cached is not computed, {records[0]['num_requests']} requests\n"
+        + caption(records[0]),
+        seconds_label="seconds for all requests",
+    )

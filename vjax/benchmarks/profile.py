@@ -36,12 +36,12 @@ def check(folder: Path, output_len: int) -> None:
     Raises:
         ConfigError: matplotlib is not installed, a file cannot be written, or the outputs are too short to trace.
     """
-    from vjax.benchmarks import picture
+    from vjax import plot
 
     least = _STEPS + _WARM_STEPS + 2
     if output_len < least:
         raise ConfigError(f"--profile needs at least {least} output tokens, not {output_len}; raise --output-len.")
-    picture.check(folder / "step.png")
+    plot.check(folder / "step.png")
 
 
 def check_device() -> None:

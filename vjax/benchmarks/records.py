@@ -47,6 +47,13 @@ def setting(args: EngineArgs, llm: LLM) -> Record:
     }
 
 
+def caption(record: Record) -> str:
+    """What was measured on what, for a picture."""
+    engine = record["engine"]
+    model, device = record["engine_args"]["model"], record["device"]["kind"]
+    return f"vjax {record['versions']['vjax']}: {model}, {engine['dtype']}, {device}"
+
+
 def percentiles(values: Sequence[float]) -> dict[str, float]:
     """Percentile -> value, with the percentile as text, as in vLLM's files."""
     import numpy as np

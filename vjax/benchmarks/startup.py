@@ -11,15 +11,18 @@ import dataclasses
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from vjax import envs
 from vjax.benchmarks.arguments import natural, positive
 from vjax.benchmarks.process import call
-from vjax.benchmarks.records import Record
+from vjax.benchmarks.records import Record, caption
 from vjax.config.engine_args import EngineArgs
 from vjax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _PROMPT_LEN = 8
 
@@ -100,6 +103,23 @@ def row(record: Record) -> dict[str, str]:
         "ready after s": f"{record['avg_startup_time']:.2f}",
         "first token after s": f"{record['avg_first_token_time']:.2f}",
     }
+
+
+def figure(records: Sequence[Record]) -> Figure:
+    """Where the seconds to the first token go, a bar per state of the compile cache."""
+    from vjax import plot
+
+    rows = {
+        f"{record['cache']} compile cache": {
+            "Python": record["avg_startup_time"] - record["avg_import_time"] - record["avg_engine_time"],
+            "import": record["avg_import_time"],
+            "engine": record["avg_engine_time"],
+            "first token": record["avg_first_token_time"] - record["avg_startup_time"],
+        }
+        for record in records
+    }
+    title = f"Start: where the time to the first token goes\n{caption(records[0])}"
+    return plot.phases(rows, xlabel="seconds since the process was started, mean over the starts", title=title)
 
 
 def _start(engine: EngineArgs, cache_dir: str) -> Record:

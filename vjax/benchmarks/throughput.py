@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 from vjax.benchmarks import datasets
 from vjax.benchmarks.arguments import add_sampling_arguments, positive
 from vjax.benchmarks.datasets import Dataset
-from vjax.benchmarks.records import Record
+from vjax.benchmarks.records import Record, caption
 from vjax.config.engine_args import EngineArgs
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,14 +31,28 @@ def run(args: argparse.Namespace, engine: EngineArgs) -> Iterator[Record]:
     """One record."""
     name = args.dataset_name or ("random" if args.dataset_path is None else "sharegpt")
     chosen = datasets.chosen(args, [name])
-    yield from measure(engine, chosen, temperature=args.temperature, detokenize=not args.disable_detokenize)
+    yield from measure(
+        engine,
+        chosen,
+        temperature=args.temperature,
+        detokenize=not args.disable_detokenize,
+        record_steps=args.plot is not None,
+    )
 
 
-def measure(engine: EngineArgs, chosen: Sequence[Dataset], *, temperature: float, detokenize: bool) -> Iterator[Record]:
+def measure(
+    engine: EngineArgs,
+    chosen: Sequence[Dataset],
+    *,
+    temperature: float,
+    detokenize: bool,
+    record_steps: bool = False,
+) -> Iterator[Record]:
     """A record per dataset, from one engine. The prefix cache is empty at the start of each.
 
     Args:
         detokenize: False: no text is made, and the tokenizer is loaded only for a file of texts.
+        record_steps: The record also holds the `counts` of each step; counting is in the measured time.
     """
     from vjax.benchmarks.measure import prepare, timed_generate
     from vjax.benchmarks.records import setting
@@ -47,7 +65,10 @@ def measure(engine: EngineArgs, chosen: Sequence[Dataset], *, temperature: float
         workloads = [(dataset, datasets.make_requests(dataset, llm)) for dataset in chosen]
         prepare(llm, [request for _, requests in workloads for request in requests])
         for dataset, requests in workloads:
-            done = timed_generate(llm, requests, temperature=temperature, detokenize=detokenize)
+            recording = llm.llm_engine.record_steps(blocks=False) if record_steps else nullcontext()
+            with recording as steps:
+                done = timed_generate(llm, requests, temperature=temperature, detokenize=detokenize)
+            counts = {} if steps is None else {"steps": [step.counts() for step in steps]}
             num_tokens = done.num_prompt_tokens + done.num_output_tokens
             yield {
                 "bench": "throughput",
@@ -65,6 +86,7 @@ def measure(engine: EngineArgs, chosen: Sequence[Dataset], *, temperature: float
                 "output_tokens_per_second": done.num_output_tokens / done.seconds,
                 "mean_first_token_latency": done.mean_first_token_latency,
                 "num_compilations": done.num_compilations,
+                **counts,
                 **setting(engine, llm),
             }
 
@@ -86,3 +108,15 @@ def row(record: Record) -> dict[str, str]:
         "tokens/s": f"{record['tokens_per_second']:.1f}",
         "output tokens/s": f"{record['output_tokens_per_second']:.1f}",
     }
+
+
+def figure(records: Sequence[Record]) -> Figure:
+    """Tokens and requests per step, of records with steps."""
+    from vjax import plot
+
+    [record] = records
+    title = (
+        f"{record['num_requests']} requests at once, {record['output_tokens_per_second']:,.0f} output tokens/s: "
+        f"how full the steps are\n{caption(record)}"
+    )
+    return plot.step_load({Dataset(**record["dataset"]).label: record["steps"]}, title=title)

@@ -15,12 +15,14 @@ from vjax.errors import EngineStepError
 
 
 class _Bench(NamedTuple):
-    #: Module of vjax.benchmarks: add_arguments, run and row.
+    #: Module of vjax.benchmarks: add_arguments, run, row and figure.
     module: str
     help: str
     description: str
     #: Takes engine arguments.
     has_engine: bool = True
+    #: Takes --plot; what does not draws its figure itself.
+    has_plot: bool = True
 
 
 _BENCHES = {
@@ -54,6 +56,7 @@ _BENCHES = {
         "compare",
         "V0 and V1 side by side, as a picture",
         "The same requests in V0 and V1 mode, each in a process of its own, as records and as a picture.",
+        has_plot=False,
     ),
 }
 
@@ -72,22 +75,29 @@ def add_parser(commands: Any) -> None:
         if bench.has_engine:
             engine_options.add_model(sub)
         _module(bench).add_arguments(sub)
+        if bench.has_plot:
+            sub.add_argument("--plot", metavar="FILE", type=Path, help="a picture of the results: .png, .svg or .pdf")
         sub.add_argument("--output-json", metavar="FILE", type=Path, help="where the JSON lines go")
         sub.set_defaults(handler=handle, takes_overrides=bench.has_engine)
 
 
 def handle(args: argparse.Namespace) -> int:
+    from vjax import plot
     from vjax.benchmarks.process import ProcessFailed
     from vjax.benchmarks.records import table
 
     bench = _BENCHES[args.bench]
     module = _module(bench)
     inputs = [_engine(args)] if bench.has_engine else []
-    rows = []
+    picture = args.plot if bench.has_plot else None
+    if picture is not None:
+        plot.check(picture)
+    records, rows = [], []
     try:
         with open_output(args.output_json) as stream:
             for record in module.run(args, *inputs):
                 stream.write(json.dumps(record) + "\n")
+                records.append(record)
                 rows.append(module.row(record))
                 if args.output_json is None:
                     sys.stdout.flush()
@@ -97,6 +107,9 @@ def handle(args: argparse.Namespace) -> int:
     print(table(rows), file=sys.stderr)
     if args.output_json is not None:
         print(f"wrote {len(rows)} results to {args.output_json}", file=sys.stderr)
+    if picture is not None:
+        plot.save(module.figure(records), picture)
+        print(f"wrote {picture}", file=sys.stderr)
     return 0
 
 

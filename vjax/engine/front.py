@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from vjax.config.engine_args import EngineArgs
@@ -21,8 +22,9 @@ from vjax.engine.recorder import MetricsRecorder
 from vjax.errors import VjaxValidationError
 from vjax.log import logger
 from vjax.metrics import Metric
-from vjax.outputs import RequestOutput
+from vjax.outputs import RequestOutput, StepRecord
 from vjax.sampling_params import SamplingParams
+from vjax.scheduler.recording import StepRecording
 from vjax.text.tokenizer import Tokenizer
 
 log = logger(__name__)
@@ -170,6 +172,24 @@ class BaseLLMEngine:
         if self._recorder is None:
             raise VjaxValidationError("Metrics are off: create the engine with disable_log_stats=False.")
         return self._recorder.snapshot(self._core.scheduler.stats())
+
+    @contextmanager
+    def record_steps(self, *, blocks: bool = True) -> Iterator[list[StepRecord]]:
+        """A list to which every step that is scheduled inside the `with` adds its record; `vjax.plot` draws it.
+
+            with llm.llm_engine.record_steps() as steps:
+                llm.generate(prompts)
+
+        Args:
+            blocks: False leaves block tables and cached blocks empty: enough to count tokens and requests, and cheap.
+        """
+        recording = StepRecording(blocks=blocks)
+        recordings = self._core.scheduler.recordings
+        recordings.append(recording)
+        try:
+            yield recording.steps
+        finally:
+            recordings.remove(recording)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """vLLM's defaults, overridden by the model's generation_config.json."""

@@ -109,6 +109,10 @@ class BlockPool:
     def block_hash(self, block_id: int) -> bytes | None:
         return self._hash[block_id]
 
+    def cached_block_ids(self) -> frozenset[int]:
+        """Every block with a hash, held or free."""
+        return frozenset(block for blocks in self._cached.values() for block in blocks)
+
     def check_integrity(self, holders: Sequence[int]) -> None:
         """Asserts that the pool is consistent. `holders[block]` is the number of requests that hold the block."""
         assert self._ref_count == list(holders), "reference counts differ from the holders"

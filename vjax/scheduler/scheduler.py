@@ -18,6 +18,7 @@ from vjax.errors import VjaxValidationError
 from vjax.messages import EngineOutput, EngineRequest, SchedulerOutput, StepOutput
 from vjax.request import Request
 from vjax.scheduler.batching import BatchingPolicy
+from vjax.scheduler.recording import StepRecording
 from vjax.scheduler.state import SchedulerState
 from vjax.scheduler.stats import SchedulerStats
 from vjax.scheduler.step import StepBuilder
@@ -47,6 +48,8 @@ class Scheduler:
         self._state = SchedulerState(config, cache, clock)
         self._next_step_id = 0
         self._num_added = 0
+        #: Each of them gets every step as it is scheduled.
+        self.recordings: list[StepRecording] = []
 
     # Requests in and out
 
@@ -86,6 +89,8 @@ class Scheduler:
             return SchedulerOutput(step_id)
         self._next_step_id += 1
         scheduled, self._state.in_flight[step_id] = step.build(step_id)
+        for recording in self.recordings:
+            recording.add(scheduled, self._state.in_flight[step_id].requests, self._state)
         return scheduled
 
     def update(self, scheduled: SchedulerOutput, output: StepOutput) -> list[EngineOutput]:
