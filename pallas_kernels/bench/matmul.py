@@ -71,8 +71,12 @@ def _checked(gated: bool) -> list[Checked]:
 
 
 def _op(gated: bool) -> Op:
-    timed, tuned, checked = (functools.partial(f, gated) for f in (_timed, _tuned, _checked))
-    return Op(_OPS[gated].__name__, timed, tuned, checked)
+    return Op(
+        _OPS[gated].__name__,
+        functools.partial(_timed, gated),
+        functools.partial(_tuned, gated),
+        functools.partial(_checked, gated),
+    )
 
 
 MATMUL, GATED_MATMUL = _op(False), _op(True)

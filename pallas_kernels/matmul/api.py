@@ -63,7 +63,7 @@ def _matmul(x: jax.Array, w: jax.Array, *, implementation: str) -> jax.Array:
     if implementation == MOSAIC_GPU and x.dtype in _DTYPES:
         from pallas_kernels.matmul import mosaic_gpu
 
-        config = mosaic_gpu.tuned_config(*x.shape, w.shape[1])
+        config = mosaic_gpu.tuned_config(x.shape[0], x.shape[1], w.shape[1])
         if config is not None:
             return mosaic_gpu.matmul(x, w, config, interpret=False)
     return xla.matmul(x, w)
@@ -74,7 +74,7 @@ def _gated_matmul(x: jax.Array, w: jax.Array, *, implementation: str) -> jax.Arr
     if implementation == MOSAIC_GPU and x.dtype in _DTYPES:
         from pallas_kernels.matmul import mosaic_gpu
 
-        config = mosaic_gpu.tuned_config(*x.shape, w.shape[2], gated=True)
+        config = mosaic_gpu.tuned_config(x.shape[0], x.shape[1], w.shape[2], gated=True)
         if config is not None:
             return mosaic_gpu.gated_matmul(x, w, config, interpret=False)
     return xla.gated_matmul(x, w)

@@ -246,10 +246,12 @@ def _kernel(
                         for warpgroup in range(WARPGROUPS):
                             source = x.at[rows_of(row, warpgroup), part]
                             plgpu.copy_gmem_to_smem(source, x_smem.at[slot, warpgroup], full.at[slot])
-                        shared = {"collective_axes": "cluster"} if config.cluster > 1 else {}
+                        shared = "cluster" if config.cluster > 1 else None
                         for half in range(halves):
                             source = w.at[part, half, pl.ds(column, config.columns)]
-                            plgpu.copy_gmem_to_smem(source, w_smem.at[slot, half], full.at[slot], **shared)
+                            plgpu.copy_gmem_to_smem(
+                                source, w_smem.at[slot, half], full.at[slot], collective_axes=shared
+                            )
 
                     lax.fori_loop(0, steps, step, None)
 
