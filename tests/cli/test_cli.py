@@ -11,13 +11,12 @@ import sys
 
 import pytest
 
-from vjax.cli.main import main, split_overrides
+from vjax.cli.main import split_overrides
 from vjax.errors import EngineStepError
 
 SMALL = ["--engine.max_model_len", "256", "--engine.max_num_seqs=8", "--engine.max_num_batched_tokens", "128"]
 SMALL += ["--engine.kv_cache_memory_bytes", str(16 << 20)]
 GREEDY = ["--temperature", "0", "--max-tokens", "4"]
-_LOG = ("INFO ", "WARNING ", "ERROR ")
 RUN_FILE = """
 engine: {max_model_len: 256, max_num_seqs: 8, max_num_batched_tokens: 128, kv_cache_memory_bytes: 16777216}
 sampling: {temperature: 0, max_tokens: 4}
@@ -26,21 +25,6 @@ prompts:
   - {prompt_token_ids: [292, 301, 12]}
   - {messages: [{role: user, content: Hi}], cache_salt: s}
 """
-
-
-@pytest.fixture
-def vjax(capsys):
-    """Runs a command in this process: (exit code, stdout, stderr without the log)."""
-
-    def run(*arguments: object) -> tuple[object, str, str]:
-        try:
-            code = main([str(a) for a in arguments])
-        except SystemExit as e:  # argparse
-            code = e.code
-        out, err = capsys.readouterr()
-        return code, out, "".join(line for line in err.splitlines(True) if not line.startswith(_LOG))
-
-    return run
 
 
 @pytest.fixture

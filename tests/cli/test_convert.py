@@ -10,26 +10,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.weights.test_orbax import assert_same_bits
-from vjax.cli.main import main
 from vjax.weights import convert
 from vjax.weights.hub import resolve_model_path
 
 TINY = resolve_model_path("vjax-tiny")
 SMALL = ["--engine.max_model_len", "256", "--engine.max_num_seqs=8", "--engine.max_num_batched_tokens", "128"]
-
-
-@pytest.fixture
-def vjax(capsys):
-    """Runs a command in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[object, str, str]:
-        try:
-            code = main([str(a) for a in arguments])
-        except SystemExit as e:  # argparse
-            code = e.code
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def test_help(vjax):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import subprocess
@@ -11,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from vjax.cli.main import main
 from vjax.cli.run_output import RUN_DEPENDENT_FIELDS
 from vjax.config.file import load_run_file
 
@@ -35,18 +35,9 @@ def run_file(tmp_path):
 
 
 @pytest.fixture
-def vjax_run(capsys):
+def vjax_run(vjax):
     """Runs `vjax run` in this process: (exit code, stdout, stderr without the log)."""
-
-    def run(*arguments: object) -> tuple[object, str, str]:
-        try:
-            code = main(["run", *map(str, arguments)])
-        except SystemExit as e:  # argparse
-            code = e.code
-        out, err = capsys.readouterr()
-        return code, out, "".join(line for line in err.splitlines(True) if not line.startswith("INFO "))
-
-    return run
+    return functools.partial(vjax, "run")
 
 
 def completions(path: Path) -> list[dict[str, object]]:
