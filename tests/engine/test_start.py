@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import signal
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from vjax import LLM, SamplingParams
-from vjax.engine import builder
+from vjax.engine import builder, heap
 from vjax.runner import executables, exported, memory, platform
 
 SMALL: dict[str, Any] = {
@@ -56,10 +58,31 @@ def test_everything_is_compiled_before_serving(start_lines):
 
 def test_collections_skip_a_living_engine():
     """A full collection looks at what came after the engine only, and at everything once the engine is gone."""
-    import gc
-
     gc.unfreeze()
     llm = LLM("vjax-tiny", max_model_len=64)
     assert gc.get_freeze_count() > 10_000
     del llm
+    assert gc.get_freeze_count() == 0
+
+
+def test_an_interrupt_during_the_collection_is_not_lost():
+    """What a callback of the collector raises is dropped: JAX's runs at every collection."""
+
+    class Owner:
+        pass
+
+    def interrupt(phase: str, _: dict[str, int]) -> None:
+        if phase == "start":
+            signal.raise_signal(signal.SIGINT)
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    owner = Owner()
+    gc.callbacks.append(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            heap.freeze(owner)
+    finally:
+        gc.callbacks.remove(interrupt)
+        signal.signal(signal.SIGINT, handler)
+    del owner
     assert gc.get_freeze_count() == 0

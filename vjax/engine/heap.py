@@ -9,9 +9,13 @@ from __future__ import annotations
 import gc
 import weakref
 
+from vjax.engine.interrupt import DeferInterrupt
+
 
 def freeze(owner: object) -> None:
     """What lives now is not looked at by collections until `owner` is gone."""
-    gc.collect()
-    gc.freeze()
-    weakref.finalize(owner, gc.unfreeze).atexit = False
+    # JAX follows collections with a callback, and Python drops what a callback raises, a KeyboardInterrupt too.
+    with DeferInterrupt():
+        gc.collect()
+        gc.freeze()
+        weakref.finalize(owner, gc.unfreeze).atexit = False
