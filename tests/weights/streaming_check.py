@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from vjax.models.functional import build_model
 from vjax.models.registry import arch_config_from_hf, read_hf_config
 from vjax.parallel.sharding import make_mesh
-from vjax.weights import convert
+from vjax.weights import convert, loader
 from vjax.weights.loader import stored_leaves
 from vjax.weights.mapping import leaf_sources
 
@@ -83,7 +83,7 @@ if __name__ == "__main__":
         whole_fits = False
     else:
         whole_fits = True
-    convert.PART_BYTES = 64 * MIB
+    convert.PART_BYTES = loader.IN_FLIGHT_BYTES = 64 * MIB
     convert.convert_model(folder / "source", folder / "orbax", "orbax")
     equal = restored_total(folder / "orbax") == expected
     print(json.dumps({"num_bytes": num_bytes, "whole_fits": whole_fits, "equal": equal}))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -15,6 +15,22 @@ from vjax.weights.mapping import TensorInfo
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+
+#: Of safetensors' names.
+_NUMPY_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
 
 
 def weight_files(model_dir: Path) -> list[Path]:
@@ -61,7 +77,8 @@ def _indexed_files(index: Path) -> list[Path]:
 
 
 class Checkpoint:
-    """An open checkpoint: `tensors` describes all tensors, `read` loads one. Files stay memory-mapped until `close`.
+    """An open checkpoint: `tensors` describes all tensors, `read` gives one. Files stay memory-mapped until `close`,
+    and as long as a tensor of theirs is in use.
 
     Raises:
         ModelLoadError: From the constructor: no weights, or a file that is no intact safetensors file; a tensor that
@@ -71,40 +88,53 @@ class Checkpoint:
     def __init__(self, model_dir: Path):
         self.model_dir = model_dir
         self.tensors: dict[str, TensorInfo] = {}
-        self._files: dict[str, Any] = {}
+        #: Of each tensor, its bytes in a mapped file.
+        self._bytes: dict[str, np.ndarray] = {}
         for path in weight_files(model_dir):
             self._open(path)
 
     def _open(self, path: Path) -> None:
         try:
-            file = safe_open(path, framework="np")
-            names = list(file.keys())
+            with safe_open(path, framework="np"):  # checks the header against the file
+                pass
+            with path.open("rb") as file:
+                header_size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(header_size))
+            data_start = 8 + header_size
+            # Not `safe_open`'s own tensors: these are copies, made with the interpreter's lock held.
+            data = np.asarray(np.memmap(path, np.uint8, "r"))
         except (SafetensorError, OSError) as error:
             raise ModelLoadError(
                 f"{path} is no intact safetensors file ({path.stat().st_size} bytes): {error}. It may be truncated; "
                 "download it again."
             ) from error
-        self._files[path.name] = file
-        for name in names:
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
             if name in self.tensors:
                 raise ModelLoadError(f"{path} holds the tensor {name}, and so does {self.tensors[name].file}.")
-            view = file.get_slice(name)
-            self.tensors[name] = TensorInfo(tuple(view.get_shape()), view.get_dtype(), path.name)
+            start, end = (data_start + offset for offset in entry["data_offsets"])
+            self.tensors[name] = TensorInfo(tuple(entry["shape"]), entry["dtype"], path.name)
+            self._bytes[name] = data[start:end]
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor `name`, copied to memory, in its own dtype (bfloat16 from ml_dtypes).
+        """The tensor `name` in its own dtype (bfloat16 from ml_dtypes), read-only: a view of the file, which is read as
+        the tensor is.
 
         Raises:
-            ModelLoadError: The file cannot be read.
+            ModelLoadError: numpy has no such dtype.
         """
-        file = self.tensors[name].file
-        try:
-            return self._files[file].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ModelLoadError(f"{self.model_dir / file}: tensor {name} cannot be read: {error}.") from error
+        info = self.tensors[name]
+        dtype = _NUMPY_DTYPES.get(info.dtype)
+        if dtype is None:
+            raise ModelLoadError(
+                f"{self.model_dir / info.file}: tensor {name} is of dtype {info.dtype}, which cannot be read; allowed "
+                f"are {', '.join(_NUMPY_DTYPES)}."
+            )
+        # Aligned as safetensors writes it; other writers need not.
+        return np.require(self._bytes[name].view(dtype).reshape(info.shape), requirements="A")
 
     def close(self) -> None:
-        self._files.clear()
+        self._bytes.clear()
 
     def __enter__(self) -> Checkpoint:
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import zlib
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from vjax.weights.mapping import LeafSources, check_tensors, leaf_sources
 from vjax.weights.orbax_parts import restore_leaves
 from vjax.weights.packing import PACKERS
 
+#: Bytes of the leaves that may be under way from a file to the devices.
+IN_FLIGHT_BYTES = 512 << 20
+
 
 def load_weights(
     model: FunctionalModel,
@@ -37,8 +41,8 @@ def load_weights(
 ) -> tuple[jax.Array, ...]:
     """The model's leaves, in the order of `model.leaf_names`, each on its placement on the mesh.
 
-    Host memory is bounded by the tensors of one leaf (Orbax: by those of one part of the checkpoint); device memory in
-    excess of the weights, too.
+    Host memory is bounded by the leaves that are under way, IN_FLIGHT_BYTES or the largest one (Orbax: by two parts of
+    the checkpoint); device memory in excess of the weights, too.
 
     Args:
         model: From `build_model`.
@@ -101,9 +105,18 @@ def stored_leaves(
     sources = leaf_sources(model.weight_rules, shapes, model.arch.num_layers)
     with Checkpoint(Path(path)) as checkpoint:
         check_tensors(sources, checkpoint.tensors, tied=model.arch.tie_word_embeddings, where=str(path))
+        # Waiting for the oldest is what bounds memory; beginning the next ones before overlaps reading with transfers.
+        begun: deque[tuple[str, jax.Array]] = deque()
         for name, target in targets.items():
-            # Waiting here is what bounds memory: the host does not run ahead of the transfers.
-            yield name, jax.block_until_ready(_load_leaf(sources[name], checkpoint, target.dtype, target.sharding))
+            begun.append((name, _load_leaf(sources[name], checkpoint, target.dtype, target.sharding)))
+            while sum(leaf.nbytes for _, leaf in begun) > IN_FLIGHT_BYTES:
+                yield _ready(*begun.popleft())
+        while begun:
+            yield _ready(*begun.popleft())
+
+
+def _ready(name: str, leaf: jax.Array) -> tuple[str, jax.Array]:
+    return name, jax.block_until_ready(leaf)
 
 
 def _load_leaf(sources: LeafSources, checkpoint: Checkpoint, dtype, sharding: NamedSharding) -> jax.Array:
@@ -114,7 +127,8 @@ def _load_leaf(sources: LeafSources, checkpoint: Checkpoint, dtype, sharding: Na
         cast = [[tensor.astype(dtype) for tensor in group] for group in tensors]
         return jax.device_put(np.stack([packing.pack(np, group, sources.packed_shape) for group in cast]), sharding)
     if sources.packing == "copy" and tensors[0][0].dtype == dtype:
-        return jax.device_put(tensors[0][0], sharding)  # the largest leaves; a program would hold them twice
+        # The largest leaves; a program would hold them twice. Not the file's own memory, which the CPU could take.
+        return jax.device_put(tensors[0][0], sharding, may_alias=False)
     # Transposing on the device is far faster than on the host.
     pack = _pack_on_device(sources.packing, sources.packed_shape, jnp.dtype(dtype).name, sharding)
     return pack(tensors[0])

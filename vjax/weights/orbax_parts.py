@@ -1,11 +1,14 @@
 """Saves and restores leaves with Orbax, a part of the checkpoint at a time.
 
-A part is an Orbax checkpoint of its own, so that neither way more than one part is on the host.
+A part is an Orbax checkpoint of its own, so that no more than one part (restoring: two) is on the host.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,8 +68,9 @@ def restore_leaves(
     manifest = Manifest.read(model_dir)
     manifest.check(architecture, {name: target.shape for name, target in targets.items()}, str(model_dir))
     manifest.check_files(model_dir)
-    with _checkpointer() as checkpointer:
-        for part, names in manifest.parts().items():
+    with _checkpointer() as checkpointer, ThreadPoolExecutor(1) as ahead:
+
+        def restore(part: str, names: Sequence[str]) -> dict[str, jax.Array]:
             folder = (model_dir / ORBAX_FOLDER / part).absolute()
             wanted = {name: targets[name] for name in names}
             restore_args = {
@@ -76,14 +80,20 @@ def restore_leaves(
                 for name, target in wanted.items()
             }
             try:
-                restored = checkpointer.restore(
-                    folder, args=ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args)
-                )
+                return checkpointer.restore(folder, args=ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args))
             except Exception as error:  # TensorStore has a type for every reason
                 raise ModelLoadError(
                     f"{folder} cannot be restored: {' '.join(str(error).split())} It may be damaged; copy or download "
                     "the folder again, or repeat `vjax convert`."
                 ) from error
+
+        parts = list(manifest.parts().items())
+        # One part is read while the one before is handed over.
+        pending = deque([ahead.submit(restore, *part) for part in parts[:1]])
+        for (_, names), following in zip_longest(parts, parts[1:]):
+            restored = pending.popleft().result()
+            if following is not None:
+                pending.append(ahead.submit(restore, *following))
             for name in names:
                 yield name, jax.block_until_ready(restored.pop(name))
 
