@@ -89,11 +89,11 @@ def restore_leaves(
 
         parts = list(manifest.parts().items())
         # One part is read while the one before is handed over.
-        pending = deque([ahead.submit(restore, *part) for part in parts[:1]])
+        pending = deque(ahead.submit(restore, part, names) for part, names in parts[:1])
         for (_, names), following in zip_longest(parts, parts[1:]):
             restored = pending.popleft().result()
             if following is not None:
-                pending.append(ahead.submit(restore, *following))
+                pending.append(ahead.submit(restore, following[0], following[1]))
             for name in names:
                 yield name, jax.block_until_ready(restored.pop(name))
 
