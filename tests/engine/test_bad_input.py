@@ -268,6 +268,22 @@ def test_gpu_memory(llm):
     says(e, "gpu_memory_utilization=0.92", f"max_model_len={MAX_LEN}", "needs 9", "Raise gpu_memory_utilization")
 
 
+def test_the_kv_cache_of_a_small_model_leaves_a_piece_that_is_split(llm):
+    """XLA's allocator gives a free piece away whole when less than 128 MiB of it would be left, and the rows of the
+    batch and the temporaries of the steps need some."""
+    from vjax.models.registry import arch_config_from_hf, read_hf_config
+    from vjax.runner import memory
+
+    config = llm.llm_engine.config
+    config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, kv_cache_memory_bytes=None))
+    arch = arch_config_from_hf(read_hf_config(resolve_model_path("vjax-tiny")))
+    limit, sizes = 100 << 30, {"kv_head_dim": 64, "kv_itemsize": 2}
+    blocks = memory.num_kv_blocks(config, arch, itemsize=2, weight_bytes=15 << 20, device=FakeGpu(limit), **sizes)
+    kv_bytes = blocks * memory.block_bytes(arch, config.cache.block_size, 64, 2)
+    with_the_hole_held = limit - (15 << 20) - kv_bytes - (128 << 20)
+    assert 2 * (128 << 20) <= with_the_hole_held < 3 * (128 << 20)
+
+
 # ---- models -------------------------------------------------------------------------------------------------------
 
 

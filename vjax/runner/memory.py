@@ -29,6 +29,9 @@ _GIB = 1 << 30
 DEFAULT_CPU_KV_BYTES = 1 * _GIB
 #: For outputs and the temporaries of small steps; see `room_for_small_arrays`.
 _SMALL_ARRAYS = _GIB // 8
+#: The least that stays free for temporaries. XLA's allocator gives a piece away whole if less than 128 MiB of it would
+#: be left: the last array of the KV cache would take all that was kept for a small model's steps.
+_LEAST_TEMPORARIES = _GIB // 4
 #: What GEMM autotuning of one program may take before the KV cache is there; the head's takes half of it.
 _COMPILE_SCRATCH = 2 * _GIB
 _MAX_COMPILE_THREADS = 16
@@ -40,12 +43,12 @@ def block_bytes(arch: ArchConfig, block_size: int, kv_head_dim: int, itemsize: i
 
 
 def temporary_bytes(arch: ArchConfig, config: EngineConfig, itemsize: int) -> int:
-    """Estimate of the largest executable's temporaries: of forward those of the widest layer with the most tokens, of
-    sample three arrays of all rows' logits."""
+    """What is kept for the largest executable's temporaries: an estimate of those of forward in the widest layer with
+    the most tokens, and of sample (three arrays of all rows' logits), and at least _LEAST_TEMPORARIES."""
     tokens, rows = config.scheduler.max_num_batched_tokens, config.scheduler.max_num_seqs
     qkv = (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
     widest = max(3 * arch.intermediate_size, 2 * qkv + 3 * arch.num_heads * arch.head_dim) + 4 * arch.hidden_size
-    return max(tokens * widest * itemsize, 3 * rows * arch.vocab_size * 4)
+    return max(tokens * widest * itemsize, 3 * rows * arch.vocab_size * 4, _LEAST_TEMPORARIES)
 
 
 def num_kv_blocks(
@@ -179,8 +182,11 @@ def room_for_small_arrays(device: Any) -> Iterator[None]:
         hole.delete()
 
 
-def allocate(specs: Any, shardings: Any) -> Any:
+def allocate(specs: Any, shardings: Any, what: str) -> Any:
     """Zeros of `specs`, made on the device.
+
+    Args:
+        what: Names them in the error.
 
     Raises:
         OutOfMemoryError: The device has no room for them.
@@ -193,6 +199,6 @@ def allocate(specs: Any, shardings: Any) -> Any:
             raise
         size = num_bytes(jax.tree.leaves(specs))
         raise OutOfMemoryError(
-            f"The device has no {size / _GIB:.2f} GiB left for the KV cache: lower gpu_memory_utilization or "
+            f"The device has no {_size(size)} left for {what}: lower gpu_memory_utilization or "
             f"kv_cache_memory_bytes, or free what else this process holds on the device. ({e})"
         ) from e

@@ -76,8 +76,8 @@ class ModelRunner:
         """Allocates an empty KV cache and empty rows; what was there is gone, whoever still refers to it."""
         _delete((self._kv, self._rows))
         kv_sharding = named_sharding(self.mesh, (None, "kv_heads", None, None))
-        self._kv = allocate(self.step.kv_specs(), kv_sharding)
-        self._rows = allocate(self.step.row_specs(), named_sharding(self.mesh, ()))
+        self._kv = allocate(self.step.kv_specs(), kv_sharding, "the KV cache")
+        self._rows = allocate(self.step.row_specs(), named_sharding(self.mesh, ()), "the rows of the batch")
 
     def warm_up(self, repeats: int = 3) -> None:
         """Runs every ready executable on an empty batch: command buffers record on the second run and replay from the

@@ -5,9 +5,9 @@ A part is an Orbax checkpoint of its own, so that no more than one part (restori
 
 from __future__ import annotations
 
-from collections import deque
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,13 +87,17 @@ def restore_leaves(
                     "the folder again, or repeat `vjax convert`."
                 ) from error
 
+        def fits_beside_another(names: Sequence[str]) -> bool:
+            return sum(math.prod(targets[name].shape) * targets[name].dtype.itemsize for name in names) <= PART_BYTES
+
         parts = list(manifest.parts().items())
-        # One part is read while the one before is handed over.
-        pending = deque(ahead.submit(restore, part, names) for part, names in parts[:1])
-        for (_, names), following in zip_longest(parts, parts[1:]):
-            restored = pending.popleft().result()
-            if following is not None:
-                pending.append(ahead.submit(restore, following[0], following[1]))
+        coming: Future[dict[str, jax.Array]] | None = None
+        for (part, names), following in zip_longest(parts, parts[1:]):
+            restored = coming.result() if coming is not None else restore(part, names)
+            # Read while this part is handed over.
+            coming = None
+            if following is not None and fits_beside_another(following[1]):
+                coming = ahead.submit(restore, following[0], following[1])
             for name in names:
                 yield name, jax.block_until_ready(restored.pop(name))
 
