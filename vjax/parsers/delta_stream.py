@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 from vjax.errors import VjaxValidationError
-from vjax.parsers.deltas import DeltaMessage
+from vjax.parsers.deltas import DeltaMessage, DeltaToolCall
 from vjax.parsers.text_input import Reading, TextInput
 
 
@@ -14,7 +14,9 @@ class DeltaStream(ABC):
 
     def __init__(self):
         self._input = TextInput()
-        self._delta = DeltaMessage()
+        self._new_content: list[str] = []
+        self._new_reasoning: list[str] = []
+        self._new_calls: list[DeltaToolCall] = []
         self._parsing = self._parse()
         self._finished = False
 
@@ -42,15 +44,19 @@ class DeltaStream(ABC):
     def _parse(self) -> Reading[None]:
         """Reads `self._input` to its end."""
 
-    def _content(self, text: str) -> None:
-        if text:
-            self._delta.content = (self._delta.content or "") + text
+    def _add_content(self, text: str) -> None:
+        self._new_content.append(text)
 
-    def _reasoning(self, text: str) -> None:
-        if text:
-            self._delta.reasoning = (self._delta.reasoning or "") + text
+    def _add_reasoning(self, text: str) -> None:
+        self._new_reasoning.append(text)
 
     def _advance(self) -> DeltaMessage:
         next(self._parsing, None)
-        delta, self._delta = self._delta, DeltaMessage()
+        return self._take_delta()
+
+    def _take_delta(self) -> DeltaMessage:
+        """What is new since the last one."""
+        content, reasoning = "".join(self._new_content), "".join(self._new_reasoning)
+        delta = DeltaMessage(content or None, reasoning or None, self._new_calls)
+        self._new_content, self._new_reasoning, self._new_calls = [], [], []
         return delta

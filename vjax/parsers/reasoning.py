@@ -94,19 +94,19 @@ class ReasoningStream(DeltaStream):
             self._input.take(len(_START))
             yield from self._parse_reasoning()
         elif self._parser.starts_thinking:
-            self._reasoning(spaces)
+            self._add_reasoning(spaces)
             yield from self._parse_reasoning()
         else:
-            self._content(spaces)
-        yield from self._input.copy_until_tag((), self._content)
+            self._add_content(spaces)
+        yield from self._input.copy_until_tag((), self._add_content)
 
     def _parse_reasoning(self) -> Reading[None]:
         """Reads to the end of the reasoning."""
         tags = (_END, _TOOL_CALL) if self._parser.tool_call_ends_reasoning else (_END,)
-        while (tag := (yield from self._input.copy_until_tag(tags, self._reasoning))) == _TOOL_CALL:
+        while (tag := (yield from self._input.copy_until_tag(tags, self._add_reasoning))) == _TOOL_CALL:
             mention = self._input.take(len(tag)) + (yield from self._input.spaces())
             if (yield from self._input.next_tag("{", "<function=")):
-                self._content(mention)
+                self._add_content(mention)
                 return
-            self._reasoning(mention)
+            self._add_reasoning(mention)
         self._input.take(len(tag))

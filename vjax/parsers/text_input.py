@@ -6,6 +6,7 @@ depends on the text alone, never on where the text was cut.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Generator
 from typing import TypeVar
@@ -15,6 +16,11 @@ T = TypeVar("T")
 Reading = Generator[None, None, T]
 
 _SPACES = re.compile(r"[ \t\r\n]*")
+
+
+@functools.cache
+def _any_of(tags: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, tags)) or "(?!)")  # of no tags: nothing
 
 
 class TextInput:
@@ -100,12 +106,11 @@ class TextInput:
         Returns:
             The tag, unread; "" at the end of the text.
         """
+        pattern = _any_of(tags)
         while True:
-            found = [(at, tag) for tag in tags if (at := self._text.find(tag, self._at)) >= 0]
-            if found:
-                at, tag = min(found)
-                emit(self.take(at - self._at))
-                return tag
+            if match := pattern.search(self._text, self._at):
+                emit(self.take(match.start() - self._at))
+                return match.group()
             held = 0 if self._ended else self._len_of_begun_tag(tags)
             emit(self.take(len(self._text) - self._at - held))
             if self._ended:

@@ -8,7 +8,14 @@ from typing import Any, ClassVar, NamedTuple
 
 from vjax.errors import VjaxValidationError
 from vjax.parsers.delta_stream import DeltaStream
-from vjax.parsers.deltas import DeltaFunctionCall, DeltaToolCall, ToolCall, join_deltas, make_tool_call_id
+from vjax.parsers.deltas import (
+    DeltaFunctionCall,
+    DeltaMessage,
+    DeltaToolCall,
+    ToolCall,
+    join_deltas,
+    make_tool_call_id,
+)
 from vjax.parsers.text_input import Reading, TextInput
 
 
@@ -82,23 +89,29 @@ class ToolParser(ABC):
 class CallWriter:
     """Where `read_call` writes a call: its name once, then fragments of its arguments."""
 
-    def __init__(self, calls: list[DeltaToolCall], index: int):
+    def __init__(self, index: int):
         self.index = index
-        self.begun: DeltaToolCall | None = None
-        #: Of the delta that is being made.
-        self.calls = calls
+        #: Whether anybody has seen the call.
+        self.is_given = False
+        self._name: str | None = None
+        self._fragments: list[str] = []
 
     def begin(self, name: str) -> None:
-        self.begun = DeltaToolCall(self.index, DeltaFunctionCall(name, ""), make_tool_call_id(), "function")
-        self.calls.append(self.begun)
+        self._name = name
 
     def add_arguments(self, fragment: str) -> None:
-        if not fragment:
-            return
-        if not self.calls or self.calls[-1].index != self.index:
-            self.calls.append(DeltaToolCall(self.index, DeltaFunctionCall(arguments="")))
-        function = self.calls[-1].function
-        function.arguments = (function.arguments or "") + fragment
+        self._fragments.append(fragment)
+
+    def take_delta(self) -> DeltaToolCall | None:
+        """What is new since the last one; None if nothing is."""
+        arguments = "".join(self._fragments)
+        self._fragments.clear()
+        if self._name is None or (self.is_given and not arguments):
+            return None
+        if self.is_given:
+            return DeltaToolCall(self.index, DeltaFunctionCall(arguments=arguments))
+        self.is_given = True
+        return DeltaToolCall(self.index, DeltaFunctionCall(self._name, arguments), make_tool_call_id(), "function")
 
 
 class ToolCallStream(DeltaStream):
@@ -109,41 +122,36 @@ class ToolCallStream(DeltaStream):
         super().__init__()
         self._parser = parser
         self._num_calls = 0
+        #: The call that is being read.
         self._call: CallWriter | None = None
 
     def _parse(self) -> Reading[None]:
         spaces = ""  # between two calls
-        while opener := (yield from self._input.copy_until_tag(self._parser.openers, self._content)):
+        while opener := (yield from self._input.copy_until_tag(self._parser.openers, self._add_content)):
             is_call = yield from self._parse_call(opener, spaces)
             spaces = (yield from self._after_call()) if is_call else ""
 
     def _parse_call(self, opener: str, spaces: str) -> Reading[bool]:
         """Whether there was a call; else its text, and the spaces before it, became content."""
-        self._call = CallWriter(self._delta.tool_calls, self._num_calls)
+        call = self._call = CallWriter(self._num_calls)
         self._input.start_recording()
         self._input.take(len(opener))
         try:
-            yield from self._parser.read_call(self._input, opener, self._call)
+            yield from self._parser.read_call(self._input, opener, call)
+            is_call = True
         except Malformed:
-            self._cancel(self._call)
-            self._content(spaces + self._input.stop_recording())
-            return False
+            is_call = False
+        self._call = None
+        text = self._input.stop_recording()
+        if is_call:
+            self._give(call)
         else:
-            self._input.stop_recording()
+            self._add_content(spaces + text)
+            if call.is_given:
+                self._new_calls.append(DeltaToolCall(call.index, DeltaFunctionCall(), cancelled=True))
+        if call.is_given:
             self._num_calls += 1
-            return True
-        finally:
-            self._call = None
-
-    def _cancel(self, call: CallWriter) -> None:
-        if call.begun is None:
-            return
-        if call.begun in call.calls:  # nobody has seen it
-            call.calls.remove(call.begun)
-        else:
-            call.calls[:] = [c for c in call.calls if c.index != call.index]
-            call.calls.append(DeltaToolCall(call.index, DeltaFunctionCall(), cancelled=True))
-            self._num_calls += 1
+        return is_call
 
     def _after_call(self) -> Reading[str]:
         """Reads the closer and the white space around it. Spaces are content where more content follows, and returned
@@ -155,10 +163,14 @@ class ToolCallStream(DeltaStream):
         if (yield from self._input.next_tag(*self._parser.openers)):
             return spaces
         if (yield from self._input.peek()):
-            self._content(spaces)
+            self._add_content(spaces)
         return ""
 
-    def _advance(self):
+    def _take_delta(self) -> DeltaMessage:
         if self._call is not None:
-            self._call.calls = self._delta.tool_calls
-        return super()._advance()
+            self._give(self._call)
+        return super()._take_delta()
+
+    def _give(self, call: CallWriter) -> None:
+        if (delta := call.take_delta()) is not None:
+            self._new_calls.append(delta)
