@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vjax.llm import LLM
     from vjax.models.registry import ModelRegistry
     from vjax.outputs import CompletionOutput, RequestOutput
+    from vjax.parsers.registry import reasoning_parser, tool_parser
     from vjax.sampling_params import RequestOutputKind, SamplingParams
 
 __version__ = "0.1.0"
@@ -31,6 +32,8 @@ _MODULES = {
     "RequestOutputKind": "vjax.sampling_params",
     "SamplingParams": "vjax.sampling_params",
     "VjaxValidationError": "vjax.errors",
+    "reasoning_parser": "vjax.parsers.registry",
+    "tool_parser": "vjax.parsers.registry",
 }
 
 __all__ = [
@@ -47,6 +50,8 @@ __all__ = [
     "SamplingParams",
     "VjaxValidationError",
     "__version__",
+    "reasoning_parser",
+    "tool_parser",
 ]
 
 

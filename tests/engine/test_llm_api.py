@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import time
 
 import numpy as np
 import pytest
 
-from vjax import LLM, ConfigError, RequestOutputKind, SamplingParams, VjaxValidationError
+from vjax import LLM, ConfigError, RequestOutputKind, SamplingParams, VjaxValidationError, tool_parser
 from vjax.metrics import Counter, Gauge, Histogram
 from vjax.text.chat import render_chat
 
@@ -365,6 +366,41 @@ def test_chat_options(llm):
     assert prompt([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], chat_template_content_format="auto")
     with pytest.raises(VjaxValidationError, match="chat_template_kwargs has the name 'messages'"):
         prompt(chat_template_kwargs={"messages": []})
+    with pytest.raises(VjaxValidationError, match=r"chat_template_kwargs=.* must be a dict"):
+        prompt(chat_template_kwargs=[1])
+    with pytest.raises(VjaxValidationError, match="set one of them to False"):
+        prompt(begun, continue_final_message=True)
+    with pytest.raises(VjaxValidationError, match=r"conversations\[1\]: messages\[0\] needs a \"role\""):
+        prompt([MESSAGES, [{"content": "x"}]])
+
+
+def test_tools_of_a_chat(llm):
+    """Tools reach the template; a call in a text is found again."""
+    called = '<tool_call>{"name": "stop", "arguments": {"now": true}}</tool_call>'
+    template = "{% for t in tools %}{{ t.function.name }} {% endfor %}{{ messages[0].content }}"
+    tools = [{"type": "function", "function": {"name": "stop", "parameters": {}}}]
+    messages = [{"role": "user", "content": called}]
+    (answer,) = llm.chat(messages, greedy(max_tokens=1), tools=tools, chat_template=template, use_tqdm=False)
+    assert answer.prompt == f"stop {called}"
+    _, (call,) = tool_parser("hermes", tools).extract_tool_calls(answer.prompt)
+    assert call.function.name == "stop" and json.loads(call.function.arguments) == {"now": True}
+
+
+def test_salts_and_priorities_of_a_chat(llm):
+    def cached(salts, **options) -> list[int]:
+        answers = llm.chat([MESSAGES] * len(salts), GREEDY, cache_salt=salts, use_tqdm=False, **options)
+        return [answer.num_cached_tokens for answer in answers]
+
+    assert cached(["a"]) == [0]
+    assert cached(["b"]) == [0]
+    shared = cached(["a"])
+    assert shared[0] >= BLOCK
+    assert cached(["c", "a", None], priority=[0, 0, 0]) == [0, *shared, 0]
+    for wrong, text in ((["a", "b"], "2 entries for 1 prompts"), (3, "is a int"), ("", "non-empty string")):
+        with pytest.raises(VjaxValidationError, match=text):
+            llm.chat(MESSAGES, GREEDY, cache_salt=wrong, use_tqdm=False)
+    with pytest.raises(VjaxValidationError, match="priority has 1 entries for 2 prompts"):
+        llm.chat([MESSAGES, MESSAGES], GREEDY, priority=[1], use_tqdm=False)
 
 
 def test_tokenizer(llm):

@@ -1,4 +1,4 @@
-"""What `LLM.generate` and `LLM.chat` take for a batch: prompts, parameters and priorities, one of each per prompt."""
+"""What `LLM.generate` and `LLM.chat` take for a batch, one per prompt: prompts, parameters, priorities, cache salts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ _NO_EFFECT: dict[str, Any] = {
     "guided_options_request": None,
     "tokenization_kwargs": {},
     "mm_processor_kwargs": {},
-    "chat_template_content_format": "auto",
 }
 
 
@@ -88,6 +87,25 @@ def priority_per_prompt(priority: Any, num_prompts: int) -> Sequence[int]:
         )
     _check_length("priority", priority, num_prompts, "one per prompt")
     return priority
+
+
+def salt_per_prompt(cache_salt: Any, num_prompts: int) -> Sequence[str | None]:
+    """Cache salt of each prompt, None without one. A text is the salt of all; texts are checked with the prompts.
+
+    Raises:
+        VjaxValidationError: It is no text and no list of `num_prompts` entries.
+    """
+    if cache_salt is None or isinstance(cache_salt, str):
+        return [cache_salt] * num_prompts
+    if not isinstance(cache_salt, (list, tuple)):
+        raise VjaxValidationError(
+            f"cache_salt={cache_salt!r:.100} is a {type(cache_salt).__name__}; pass a text, or a list with one per "
+            "prompt.",
+            parameter="cache_salt",
+            value=cache_salt,
+        )
+    _check_length("cache_salt", cache_salt, num_prompts, "one text for all prompts or one per prompt")
+    return cache_salt
 
 
 def check_other_arguments(method: str, arguments: Mapping[str, Any]) -> None:
