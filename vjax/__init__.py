@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vjax.llm import LLM
     from vjax.models.registry import ModelRegistry
     from vjax.outputs import CompletionOutput, RequestOutput
-    from vjax.sampling_params import RequestOutputKind, SamplingParams
+    from vjax.sampling_params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
 
 __version__ = "0.1.0"
 
@@ -27,6 +27,7 @@ _MODULES = {
     "ModelLoadError": "vjax.errors",
     "ModelRegistry": "vjax.models.registry",
     "OutOfMemoryError": "vjax.errors",
+    "RepetitionDetectionParams": "vjax.sampling_params",
     "RequestOutput": "vjax.outputs",
     "RequestOutputKind": "vjax.sampling_params",
     "SamplingParams": "vjax.sampling_params",
@@ -42,6 +43,7 @@ __all__ = [
     "ModelLoadError",
     "ModelRegistry",
     "OutOfMemoryError",
+    "RepetitionDetectionParams",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",

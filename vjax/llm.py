@@ -66,6 +66,7 @@ class LLM:
         *,
         use_tqdm: bool | Callable[..., Any] = True,
         priority: Sequence[int] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
         **others: Any,
     ) -> list[RequestOutput]:
         """Completions of `prompts`, in their order.
@@ -75,6 +76,8 @@ class LLM:
             sampling_params: One for all prompts or one per prompt; None takes the model's defaults.
             use_tqdm: Show progress on stderr; a callable is used in place of `tqdm.tqdm`.
             priority: One per prompt, lower first, with scheduling_policy="priority".
+            tokenization_kwargs: How prompts become token ids: "truncate_prompt_tokens" (at most so many, the last ones;
+                -1 is as many as the model takes), "truncation_side" ("left" or "right") and "add_special_tokens".
             others: vLLM's further keywords, such as lora_request: accepted while they ask for nothing.
 
         Raises:
@@ -86,7 +89,7 @@ class LLM:
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
         params = params_per_prompt(sampling_params, len(batch))
-        ids = self._add_all(batch, params, priority_per_prompt(priority, len(batch)))
+        ids = self._add_all(batch, params, priority_per_prompt(priority, len(batch)), tokenization_kwargs)
         return self._run(ids, use_tqdm)
 
     def chat(
@@ -100,6 +103,7 @@ class LLM:
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
         **others: Any,
     ) -> list[RequestOutput]:
         """Answers to one conversation or a list of them.
@@ -108,6 +112,7 @@ class LLM:
             messages: [{"role": ..., "content": ...}, ...], or a list of such lists.
             chat_template: Jinja template instead of the tokenizer's.
             chat_template_kwargs: Further variables of the template, such as enable_thinking.
+            tokenization_kwargs: As `generate`; special tokens are the template's own.
             The rest: as `generate`, and as Hugging Face's `apply_chat_template`.
 
         Raises:
@@ -125,10 +130,14 @@ class LLM:
         is_many = isinstance(messages, (list, tuple)) and messages and isinstance(messages[0], (list, tuple))
         conversations: Sequence[Any] = messages if is_many else [messages]
         prompts: list[Prompt] = [chat_prompt(tokenizer, c, **options) for c in conversations]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, tokenization_kwargs=tokenization_kwargs)
 
     def _add_all(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], priority: Sequence[int]
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        priority: Sequence[int],
+        tokenization_kwargs: Mapping[str, Any] | None,
     ) -> list[str]:
         """Adds every prompt, or none."""
         ids: list[str] = []
@@ -139,7 +148,9 @@ class LLM:
                     p = p.clone()
                     p.output_kind = RequestOutputKind.FINAL_ONLY
                 request_id = next(i for i in map(str, self._request_ids) if not self.llm_engine.has_request(i))
-                self.llm_engine.add_request(request_id, prompt, p, arrival, priority=rank)
+                self.llm_engine.add_request(
+                    request_id, prompt, p, arrival, priority=rank, tokenization_kwargs=tokenization_kwargs
+                )
                 ids.append(request_id)
         except BaseException as e:
             self.llm_engine.abort_request(ids)

@@ -133,6 +133,7 @@ def test_eos(tokenizer):
     assert (request.eos_token_id, request.sampling_params.stop_token_ids) == (eos, [9])
     request = inputs.process("r", [1], SamplingParams(ignore_eos=True, stop_token_ids=[8])).requests[0]
     assert (request.eos_token_id, request.sampling_params.stop_token_ids) == (None, [8])
+    assert request.ignored_eos_token_ids == (eos, 9)
 
 
 def test_seeds(tokenizer):
@@ -176,7 +177,8 @@ def test_min_tokens_masks_at_most_64_ids(tokenizer):
     too_many = list(range(64))
     with pytest.raises(VjaxValidationError, match=r"at most 64 EOS and stop token ids, and the request has 65"):
         inputs.process("r", [1], SamplingParams(min_tokens=1, stop_token_ids=too_many))
-    inputs.process("r", [1], SamplingParams(min_tokens=1, stop_token_ids=too_many, ignore_eos=True))
+    with pytest.raises(VjaxValidationError, match="the request has 65"):  # EOS is masked, though it is ignored later
+        inputs.process("r", [1], SamplingParams(min_tokens=1, stop_token_ids=too_many, ignore_eos=True))
     inputs.process("r", [1], SamplingParams(stop_token_ids=too_many))
 
 
