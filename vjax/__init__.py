@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vjax.models.registry import ModelRegistry
     from vjax.outputs import CompletionOutput, RequestOutput
     from vjax.parsers.registry import reasoning_parser, tool_parser
-    from vjax.sampling_params import RequestOutputKind, SamplingParams
+    from vjax.sampling_params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
 
 __version__ = "0.1.0"
 
@@ -28,6 +28,7 @@ _MODULES = {
     "ModelLoadError": "vjax.errors",
     "ModelRegistry": "vjax.models.registry",
     "OutOfMemoryError": "vjax.errors",
+    "RepetitionDetectionParams": "vjax.sampling_params",
     "RequestOutput": "vjax.outputs",
     "RequestOutputKind": "vjax.sampling_params",
     "SamplingParams": "vjax.sampling_params",
@@ -45,6 +46,7 @@ __all__ = [
     "ModelLoadError",
     "ModelRegistry",
     "OutOfMemoryError",
+    "RepetitionDetectionParams",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",

@@ -67,6 +67,7 @@ class LLM:
         *,
         use_tqdm: bool | Callable[..., Any] = True,
         priority: Sequence[int] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
         **others: Any,
     ) -> list[RequestOutput]:
         """Completions of `prompts`, in their order.
@@ -76,6 +77,8 @@ class LLM:
             sampling_params: One for all prompts or one per prompt; None takes the model's defaults.
             use_tqdm: Show progress on stderr; a callable is used in place of `tqdm.tqdm`.
             priority: One per prompt, lower first, with scheduling_policy="priority".
+            tokenization_kwargs: How prompts become token ids: "truncate_prompt_tokens" (at most so many, the last ones;
+                -1 is as many as the model takes), "truncation_side" ("left" or "right") and "add_special_tokens".
             others: vLLM's further keywords, such as lora_request: accepted while they ask for nothing.
 
         Raises:
@@ -87,7 +90,7 @@ class LLM:
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
         params = params_per_prompt(sampling_params, len(batch))
-        ids = self._add_all(batch, params, priority_per_prompt(priority, len(batch)))
+        ids = self._add_all(batch, params, priority_per_prompt(priority, len(batch)), tokenization_kwargs)
         return self._run(ids, use_tqdm)
 
     def chat(
@@ -104,6 +107,7 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: Sequence[int] | None = None,
         cache_salt: str | Sequence[str | None] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
         **others: Any,
     ) -> list[RequestOutput]:
         """Answers to one conversation or a list of them.
@@ -123,6 +127,7 @@ class LLM:
             tools: What the model may call: {"type": "function", "function": {"name": ..., "parameters": {...}}}.
             chat_template_kwargs: Further variables of the template, such as enable_thinking.
             priority, cache_salt: One per conversation, as `generate` has them; one cache_salt may serve all.
+            tokenization_kwargs: As `generate`; special tokens are the template's own.
             The rest: as `generate`.
 
         Raises:
@@ -148,7 +153,9 @@ class LLM:
         prompts = self._chat_prompts(messages if is_many else [messages], options)
         for prompt, salt in zip(prompts, salt_per_prompt(cache_salt, len(prompts)), strict=True):
             prompt["cache_salt"] = salt
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, priority=priority)
+        return self.generate(
+            prompts, sampling_params, use_tqdm=use_tqdm, priority=priority, tokenization_kwargs=tokenization_kwargs
+        )
 
     def _chat_prompts(self, conversations: Sequence[Any], options: Mapping[str, Any]) -> list[dict[str, Any]]:
         """A prompt per conversation."""
@@ -165,7 +172,11 @@ class LLM:
         return prompts
 
     def _add_all(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], priority: Sequence[int]
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        priority: Sequence[int],
+        tokenization_kwargs: Mapping[str, Any] | None,
     ) -> list[str]:
         """Adds every prompt, or none."""
         ids: list[str] = []
@@ -176,7 +187,9 @@ class LLM:
                     p = p.clone()
                     p.output_kind = RequestOutputKind.FINAL_ONLY
                 request_id = next(i for i in map(str, self._request_ids) if not self.llm_engine.has_request(i))
-                self.llm_engine.add_request(request_id, prompt, p, arrival, priority=rank)
+                self.llm_engine.add_request(
+                    request_id, prompt, p, arrival, priority=rank, tokenization_kwargs=tokenization_kwargs
+                )
                 ids.append(request_id)
         except BaseException as e:
             self.llm_engine.abort_request(ids)

@@ -33,6 +33,8 @@ class EngineRequest:
     cache_salt: str | None = None
     #: Where the scheduler notes what it alone sees: first admission, cached tokens, preemptions. None: nobody asks.
     metrics: RequestMetrics | None = None
+    #: EOS ids that ignore_eos makes ordinary tokens.
+    ignored_eos_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -45,7 +47,7 @@ class RowInit:
     sampling_params: SamplingParams
     #: Number of prompt tokens: the position from which min_tokens counts.
     num_prompt_tokens: int
-    #: Ids that min_tokens masks: EOS and stop_token_ids. Empty unless min_tokens > 0.
+    #: Ids that min_tokens masks: EOS (with ignore_eos too) and stop_token_ids. Empty unless min_tokens > 0.
     masked_token_ids: tuple[int, ...] = ()
 
 
@@ -90,9 +92,9 @@ class EngineOutput:
 
     request_id: str
     new_token_ids: list[int]
-    #: "stop" | "length" | "abort" | "error" | None while running.
+    #: "stop" | "length" | "repetition" | "abort" | "error" | None while running.
     finish_reason: str | None = None
-    #: The stop token id; None for EOS, length and abort.
+    #: The stop token id, or "repetition_detected"; None for EOS, length and abort.
     stop_reason: int | str | None = None
     #: Prompt tokens that the prefix cache served at first admission.
     num_cached_tokens: int = 0

@@ -87,6 +87,8 @@ class EngineArgs:
     scheduling_policy: SchedulingPolicy = "fcfs"
     #: None: on in V1; V0 cannot.
     async_scheduling: bool | None = None
+    #: Tokens between two streamed outputs of a request, after its first; requests may ask for more.
+    stream_interval: int = 1
     #: Keep no metrics and log no throughput.
     disable_log_stats: bool = True
     #: None: the variables VJAX_USE_V1, then VLLM_USE_V1, else V1.
@@ -167,6 +169,7 @@ class EngineArgs:
                 static_batch=not use_v1,
             ),
             load=LoadConfig(self.load_format, self.revision, self.download_dir),
+            stream_interval=self.stream_interval,
             disable_log_stats=self.disable_log_stats,
             use_v1=use_v1,
         )
@@ -243,6 +246,7 @@ CHECKS: dict[str, checks.Check] = {
     "long_prefill_token_threshold": checks.integer(0),
     "scheduling_policy": checks.choice("fcfs", "priority"),
     "async_scheduling": _optional_bool,
+    "stream_interval": checks.integer(1),
     "disable_log_stats": checks.boolean,
     "use_v1": _optional_bool,
 }

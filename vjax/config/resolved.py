@@ -64,7 +64,8 @@ def _engine(run: RunFile) -> dict[str, Any]:
 
 
 def _sampling(params: SamplingParams) -> dict[str, Any]:
-    return {name: getattr(params, name) for name in SAMPLING_FIELDS}
+    values = dataclasses.asdict(params)
+    return {name: values[name] for name in SAMPLING_FIELDS}
 
 
 def _section(run: RunFile, section: str, values: dict[str, Any]) -> list[str]:

@@ -17,7 +17,6 @@ _NO_EFFECT: dict[str, Any] = {
     "lora_request": None,
     "prompt_adapter_request": None,
     "guided_options_request": None,
-    "tokenization_kwargs": {},
     "mm_processor_kwargs": {},
 }
 

@@ -59,7 +59,7 @@ class BaseLLMEngine:
         self._recorder: MetricsRecorder | None = None
         if not args.disable_log_stats:
             self._recorder = MetricsRecorder(built.config.model.max_model_len, built.config.cache)
-        self._outputs = OutputProcessor(self.tokenizer, self._recorder)
+        self._outputs = OutputProcessor(self.tokenizer, self._recorder, built.config.stream_interval)
         self._undelivered: list[RequestOutput] = []
         heap.freeze(self)
 
@@ -77,6 +77,7 @@ class BaseLLMEngine:
         arrival_time: float | None = None,
         *,
         priority: int = 0,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """Accepts one prompt; `step` will deliver its outputs under `request_id`.
 
@@ -86,6 +87,7 @@ class BaseLLMEngine:
             params: Sampling parameters; n > 1 becomes n sequences that share the prompt's KV.
             arrival_time: Seconds, `time.monotonic` by default.
             priority: Lower runs first under scheduling_policy="priority".
+            tokenization_kwargs: How the prompt becomes token ids, and at most how many; see `TokenizationParams`.
 
         Raises:
             VjaxValidationError: The request can never run; nothing of it stays behind.
@@ -99,7 +101,14 @@ class BaseLLMEngine:
             )
         if arrival_time is None:
             arrival_time = time.monotonic()
-        processed = self._inputs.process(request_id, prompt, params, priority=priority, arrival_time=arrival_time)
+        processed = self._inputs.process(
+            request_id,
+            prompt,
+            params,
+            priority=priority,
+            arrival_time=arrival_time,
+            tokenization_kwargs=tokenization_kwargs,
+        )
         if self._recorder is not None:
             self._recorder.queue(processed)
         added: list[str] = []

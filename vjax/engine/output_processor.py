@@ -21,9 +21,9 @@ class _Prompt:
 
     __slots__ = ("num_cached_tokens", "num_running", "processed", "sequences")
 
-    def __init__(self, processed: ProcessedRequest, tokenizer: Tokenizer | None):
+    def __init__(self, processed: ProcessedRequest, tokenizer: Tokenizer | None, stream_interval: int):
         self.processed = processed
-        self.sequences = [_Sequence(self, i, tokenizer) for i in range(len(processed.requests))]
+        self.sequences = [_Sequence(self, i, tokenizer, stream_interval) for i in range(len(processed.requests))]
         self.num_running = len(self.sequences)
         self.num_cached_tokens: int | None = None
 
@@ -31,9 +31,19 @@ class _Prompt:
 class _Sequence:
     """One completion."""
 
-    __slots__ = ("completion", "detokenizer", "index", "metrics", "num_shown_tokens", "prompt", "quiet", "token_ids")
+    __slots__ = (
+        "completion",
+        "detokenizer",
+        "index",
+        "metrics",
+        "num_shown_tokens",
+        "prompt",
+        "quiet",
+        "stream_interval",
+        "token_ids",
+    )
 
-    def __init__(self, prompt: _Prompt, index: int, tokenizer: Tokenizer | None):
+    def __init__(self, prompt: _Prompt, index: int, tokenizer: Tokenizer | None, stream_interval: int):
         processed = prompt.processed
         self.prompt = prompt
         self.index = index
@@ -41,25 +51,33 @@ class _Sequence:
         self.metrics = processed.requests[index].metrics
         self.detokenizer = make_detokenizer(tokenizer, processed.prompt_token_ids, processed.params)
         self.token_ids = self.detokenizer.token_ids
+        #: Tokens that the user has seen.
         self.num_shown_tokens = 0
+        self.stream_interval = max(stream_interval, processed.params.stream_interval or 1)
         #: Set when the completion is finished.
         self.completion: CompletionOutput | None = None
         # Until it finishes, nothing has to happen but to collect tokens.
         self.quiet = processed.params.output_kind is RequestOutputKind.FINAL_ONLY and not processed.params.stop
 
+    @property
+    def num_unshown_tokens(self) -> int:
+        return len(self.token_ids) - self.num_shown_tokens
+
 
 class OutputProcessor:
     """Keeps the text side of every unfinished request."""
 
-    def __init__(self, tokenizer: Tokenizer | None, recorder: MetricsRecorder | None = None):
+    def __init__(self, tokenizer: Tokenizer | None, recorder: MetricsRecorder | None = None, stream_interval: int = 1):
         """
         Args:
             tokenizer: None: texts stay empty.
             recorder: Told when tokens arrive and requests end; its `queue` has seen what `add_request` gets. None:
                 nothing is recorded.
+            stream_interval: Least number of tokens between two outputs of an unfinished completion, after its first.
         """
         self._tokenizer = tokenizer
         self._recorder = recorder
+        self._stream_interval = stream_interval
         self._prompts: dict[str, _Prompt] = {}
         self._sequences: dict[str, _Sequence] = {}
 
@@ -74,7 +92,7 @@ class OutputProcessor:
 
     def add_request(self, processed: ProcessedRequest) -> None:
         """Prepares for the outputs of `processed.requests`. Its ids are not in use (see `has_request`)."""
-        prompt = _Prompt(processed, self._tokenizer)
+        prompt = _Prompt(processed, self._tokenizer, self._stream_interval)
         self._prompts[processed.request_id] = prompt
         for request, sequence in zip(processed.requests, prompt.sequences, strict=True):
             assert request.request_id not in self._sequences, request.request_id
@@ -158,6 +176,8 @@ class OutputProcessor:
                 del self._prompts[prompt.processed.request_id]
         elif kind is RequestOutputKind.FINAL_ONLY or not output.new_token_ids:
             return None
+        elif 0 < sequence.num_shown_tokens and sequence.num_unshown_tokens < sequence.stream_interval:
+            return None
         completion = _completion(sequence, output, kind is RequestOutputKind.DELTA)
         if kind is not RequestOutputKind.FINAL_ONLY:
             return _request_output(prompt, [completion])
@@ -179,9 +199,9 @@ class OutputProcessor:
 def _completion(sequence: _Sequence, output: EngineOutput, delta: bool) -> CompletionOutput:
     finished = output.finish_reason is not None
     token_ids = sequence.token_ids
+    num_shown, sequence.num_shown_tokens = sequence.num_shown_tokens, len(token_ids)
     if delta:
-        token_ids = token_ids[sequence.num_shown_tokens :]
-        sequence.num_shown_tokens += len(token_ids)
+        token_ids = token_ids[num_shown:]
     elif not finished:
         token_ids = token_ids.copy()  # the original goes on growing
     return CompletionOutput(

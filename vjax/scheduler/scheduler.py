@@ -19,6 +19,7 @@ from vjax.messages import EngineOutput, EngineRequest, SchedulerOutput, StepOutp
 from vjax.request import Request
 from vjax.scheduler.batching import BatchingPolicy
 from vjax.scheduler.recording import StepRecording
+from vjax.scheduler.repetition import REPETITION_DETECTED, ends_in_repetition
 from vjax.scheduler.state import SchedulerState
 from vjax.scheduler.stats import SchedulerStats
 from vjax.scheduler.step import StepBuilder
@@ -116,8 +117,7 @@ class Scheduler:
             if num_tokens == request.num_prompt_tokens + 1:
                 state.stats.prompt_tokens += request.num_prompt_tokens
                 state.stats.prompt_tokens_cached += request.num_cached_tokens or 0
-            if token_id in request.stop_ids or num_tokens >= request.max_num_tokens:
-                self._finish_with(request, token_id)
+            if (token_id in request.stop_ids or num_tokens >= request.check_num_tokens) and self._ends(request):
                 num_finished += 1
             elif num_tokens % block_size == 0:
                 state.kv.cache_full_blocks(request)
@@ -258,18 +258,26 @@ class Scheduler:
                 value=max_tokens,
             )
 
-    def _finish_with(self, request: Request, token_id: int) -> None:
-        """Ends a request at its last token: EOS first, then stop tokens, then length."""
+    def _ends(self, request: Request) -> bool:
+        """Whether the latest token ended the request: as EOS, else as stop token, by length, by repetition."""
+        token_id = request.token_ids[-1]
         if token_id == request.eos_token_id:
             self._state.finish(request, "stop")
         elif token_id in request.stop_ids:
             self._state.finish(request, "stop", token_id)
-        else:
+        elif request.num_tokens >= request.max_num_tokens:
             self._state.finish(request, "length")
+        else:
+            repetition = request.sampling_params.repetition_detection
+            assert repetition is not None, "nothing else is checked below max_num_tokens"
+            if not ends_in_repetition(request.token_ids, request.num_prompt_tokens, repetition):
+                return False
+            self._state.finish(request, "repetition", REPETITION_DETECTED)
+        return True
 
     def _forget_admission(self, request: Request) -> None:
         stats = self._state.stats
-        if self._state.kv.pool.enable_caching:
+        if self._state.kv.pool.enable_caching and request.reads_prefix_cache:
             stats.prefix_cache_requests -= 1
             stats.prefix_cache_queries -= request.num_tokens
             stats.prefix_cache_hits -= request.num_cached_tokens or 0
