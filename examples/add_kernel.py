@@ -42,8 +42,9 @@ class KernelLlama(LlamaForCausalLM):
 
 def main(model="vjax-tiny"):
     params, completions = SamplingParams(temperature=0.0, max_tokens=32), []
-    for model_class in LlamaForCausalLM, KernelLlama:
-        ModelRegistry.register_model("LlamaForCausalLM", model_class)  # from now on it serves every Llama checkpoint
+    for with_kernel in False, True:
+        if with_kernel:
+            ModelRegistry.register_model("LlamaForCausalLM", KernelLlama)  # from now on it serves every Llama
         with LLM(model) as llm:
             completions += llm.generate("def read_lines(path):\n", params, use_tqdm=False)[0].outputs
     x, weight = jax.random.normal(jax.random.key(0), (5, 256)), jnp.linspace(0.5, 1.5, 256)
