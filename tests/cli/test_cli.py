@@ -98,7 +98,7 @@ def test_wrong_usage(vjax, arguments, message):
         (["x", "--sampling.top_k", "8"], "--sampling.* is not an override of `vjax generate`"),
         (["x", "--engine.a.b", "8"], "'--engine.a.b' is not an override"),
         (["x", "--output", "/dev/null/x"], "output='/dev/null/x' cannot be written"),
-        (["x", "--model", "./no"], f"Model './no' is neither a directory that exists (in {os.getcwd()}) nor a hub id"),
+        (["x", "--model", "./no"], f"nor a hub id of the form owner/name; a relative path counts from {os.getcwd()}."),
         (["x", "--chat-template", "x"], "--chat-template needs --chat"),
         (["x", "--chat", "--chat-template", "/no/such"], "--chat-template /no/such cannot be read (No such file"),
         (["", *SMALL], "The prompt cannot be empty"),
