@@ -280,7 +280,7 @@ def test_gpu_memory(llm):
     ("model", "parts"),
     [
         ("/no/such/dir", ["'/no/such/dir'", "neither a directory that exists nor a hub id"]),
-        ("./model", ["'./model'", "neither a directory that exists (in "]),
+        ("./model", ["'./model'", "neither a directory that exists nor a hub id"]),
         ("no such model", ["'no such model'"]),
         ("no/such-repo", ["'no/such-repo'", "Hugging Face hub", "pass the path of a downloaded directory"]),
     ],
