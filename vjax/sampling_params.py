@@ -215,12 +215,12 @@ class SamplingParams:
         self.top_k = max(_int(self, "top_k", -1, None, "use 0 to switch it off"), 0)
         self.min_p = _float(self, "min_p", 0.0, 1.0, "use 0 to switch it off")
         if self.seed is not None:
-            seed = _int(self, "seed", -(2**63), 2**63 - 1, "use None to have one drawn")
+            seed = _int(self, "seed", -(2**63), 2**63 - 1, "use None (null in YAML) to have one drawn")
             self.seed = None if seed == -1 else seed
 
     def _check_lengths(self) -> None:
         if self.max_tokens is not None:
-            hint = "use None for as many tokens as fit in the model's context"
+            hint = "use None (null in YAML) for as many tokens as fit in the model's context"
             self.max_tokens = _int(self, "max_tokens", 1, None, hint)
         self.min_tokens = _int(self, "min_tokens", 0, None, "use 0 for no lower limit")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:

@@ -94,6 +94,7 @@ def test_prompt_forms(tokenizer):
         ({"prompt": "x", "cache_salt": ""}, "cache_salt='' must be a non-empty string"),
         ({"prompt": "x", "cache_salt": 3}, "cache_salt=3 must be"),
         ({"prompt": "x", "multi_modal_data": {}}, "has the key 'multi_modal_data'; only prompt"),
+        ({"role": "user", "content": "x"}, "cache_salt are supported; LLM.chat takes messages"),
         ([1] * 64, r"length 64\).*maximum model length of 64.*max_model_len"),
         ("x" * 100, r"length 100\).*maximum model length of 64"),
     ],

@@ -137,7 +137,10 @@ class InputProcessor:
             return None, tokenization.truncate(self._token_ids(prompt)), None
         for key, value in prompt.items():
             if key not in _PROMPT_KEYS and value is not None:
-                raise _error("prompt", prompt, f"has the key {key!r}; only {', '.join(_PROMPT_KEYS)} are supported")
+                hint = "; LLM.chat takes messages" if key in ("role", "messages") else ""
+                raise _error(
+                    "prompt", prompt, f"has the key {key!r}; only {', '.join(_PROMPT_KEYS)} are supported{hint}"
+                )
         text, token_ids, salt = (prompt.get(key) for key in _PROMPT_KEYS)
         if salt is not None and not (isinstance(salt, str) and salt):
             raise _error("cache_salt", salt, "must be a non-empty string; leave it out to share cached prefixes freely")

@@ -176,8 +176,8 @@ class Tokenizer:
         names = ", ".join(sorted(self.chat_templates))
         why = f"has no default chat template, only {names}; name one" if names else "has no chat template; pass one"
         raise VjaxValidationError(
-            f"the tokenizer {self.name_or_path!r} {why} as chat_template=..., or use generate with a prompt that you "
-            "format yourself.",
+            f"the tokenizer {self.name_or_path!r} {why} as chat_template=... (in the shell --chat-template FILE), "
+            "or use generate with a prompt that you format yourself.",
             parameter="chat_template",
         )
 
