@@ -19,6 +19,8 @@ _NO_EFFECT: dict[str, Any] = {
     "guided_options_request": None,
     "tokenization_kwargs": {},
     "mm_processor_kwargs": {},
+    "trace_headers": None,
+    "data_parallel_rank": None,
     "chat_template_content_format": "auto",
 }
 
@@ -90,8 +92,8 @@ def priority_per_prompt(priority: Any, num_prompts: int) -> Sequence[int]:
     return priority
 
 
-def check_other_arguments(method: str, arguments: Mapping[str, Any]) -> None:
-    """Accepts vLLM's further keywords of a method while they ask for nothing.
+def check_other_arguments(method: str, arguments: Mapping[str, Any], owner: str = "LLM") -> None:
+    """Accepts vLLM's further keywords of a method of the class `owner` while they ask for nothing.
 
     Raises:
         VjaxValidationError: One of them asks for something.
@@ -99,10 +101,10 @@ def check_other_arguments(method: str, arguments: Mapping[str, Any]) -> None:
     """
     for name, value in arguments.items():
         if name not in _NO_EFFECT:
-            raise TypeError(f"LLM.{method}() got an unexpected keyword argument {name!r}")
+            raise TypeError(f"{owner}.{method}() got an unexpected keyword argument {name!r}")
         if value is not None and value != _NO_EFFECT[name]:
             raise VjaxValidationError(
-                f"{name}={value!r:.100} is not supported by LLM.{method}; leave the argument out.",
+                f"{name}={value!r:.100} is not supported by {owner}.{method}; leave the argument out.",
                 parameter=name,
                 value=value,
             )
