@@ -45,8 +45,8 @@ class EngineClient(ABC):
         self._on_death = weakref.WeakMethod(on_death)
         self._calls: dict[int, Future[Any]] = {}
         self._call_ids = itertools.count()
-        #: Guards `_calls` and `_dead`.
-        self._lock = threading.Lock()
+        #: Guards `_calls` and `_dead`. Reentrant: a collection of garbage, at any moment, may shut an engine down.
+        self._lock = threading.RLock()
         #: Set when the core has ended, whatever the reason.
         self._dead: EngineDeadError | None = None
 

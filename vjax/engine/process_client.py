@@ -6,6 +6,7 @@ its standard input, which only this process holds open: it ends when this proces
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import os
@@ -83,18 +84,26 @@ class ProcessClient(EngineClient):
         folder = tempfile.gettempdir()
         self._folder = tempfile.mkdtemp(prefix="vjax-", dir=folder if len(os.fsencode(folder)) < 70 else "/tmp")
         self._context = zmq.Context()
-        self._posting = threading.Lock()
+        self._posting = threading.RLock()
+        self._is_closed = False
         self._commands = _bind(self._context, zmq.PUSH, f"ipc://{self._folder}/commands")
         messages = _bind(self._context, zmq.PULL, f"ipc://{self._folder}/messages")
         deaths = _bind(self._context, zmq.PAIR, _DEATHS)
         greeting = Greeting(args, self._folder, os.getpid(), registered_models())
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", _MODULE],
-            stdin=subprocess.PIPE,
-            env=envs.with_imports(),
-            # Ctrl-C is for this process, which then ends the child.
-            start_new_session=True,
-        )
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", _MODULE],
+                stdin=subprocess.PIPE,
+                env=envs.with_imports(),
+                # Ctrl-C is for this process, which then ends the child.
+                start_new_session=True,
+            )
+        except BaseException:
+            self._context.destroy(linger=0)
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+        # While threads still run, which hold this object.
+        atexit.register(self.shutdown)
         self._watcher = threading.Thread(target=self._watch, name="vjax-engine-watcher", daemon=True)
         self._reader = threading.Thread(
             target=self._read, args=(messages, deaths), name="vjax-engine-reader", daemon=True
@@ -137,6 +146,11 @@ class ProcessClient(EngineClient):
         self._progress.forget(request_ids)
 
     def shutdown(self) -> None:
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        atexit.unregister(self.shutdown)
         self._end(shut_down_error(), tell=False)
         if self._ready.done() and self._ready.exception() is None:
             self._post(Stop())
