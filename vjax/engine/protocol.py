@@ -9,6 +9,7 @@ is a pickle. Both ends are one program on one machine, and their sockets lie in 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import pickle
@@ -137,10 +138,14 @@ def decode(data: bytes) -> Any:
 
 def portable(error: BaseException) -> BaseException:
     """The exception as another process can read it: of the same type and text where that can be had."""
-    bare = copy.copy(error)
-    bare.__dict__ = {name: value for name, value in error.__dict__.items() if _survives(value)}
-    if isinstance(error, Exception) and _survives(bare):
-        return bare
+    if isinstance(error, Exception):
+        if _survives(error):
+            return error
+        with contextlib.suppress(Exception):  # of its constructor, which may want other arguments
+            bare = copy.copy(error)
+            bare.__dict__ = {name: value for name, value in error.__dict__.items() if _survives(value)}
+            if _survives(bare):
+                return bare
     return RuntimeError(f"{type(error).__name__}: {error}")
 
 
