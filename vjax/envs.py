@@ -3,11 +3,14 @@
 | variable | meaning | default |
 |---|---|---|
 | VJAX_USE_V1 | 1: V1 engine, 0: V0 engine; an explicit `use_v1` wins | VLLM_USE_V1, then 1 |
-| VJAX_ENABLE_V1_MULTIPROCESSING | 1: the engine core gets a process of its own, 0: it runs in this one | VLLM_ENABLE_V1_MULTIPROCESSING, then 1 for AsyncLLM and 0 for LLM |
+| VJAX_ENABLE_V1_MULTIPROCESSING | 1: the engine core in a process of its own, 0: in this one | see below |
 | VJAX_CACHE_DIR | folder for lowered and compiled programs | ~/.cache/vjax |
 | VJAX_COMPILE_CACHE | 0: do not keep lowered and compiled programs between processes | 1 |
 | VJAX_LOG_LEVEL | DEBUG, INFO, WARNING or ERROR | INFO |
 | VJAX_LOG_FORMAT | text, or json: every log record is one JSON object on a line of its own | text |
+
+Where VJAX_ENABLE_V1_MULTIPROCESSING is not set, VLLM_ENABLE_V1_MULTIPROCESSING counts; without either, an `AsyncLLM` has
+a process for its core and an `LLM` has not.
 """
 
 from __future__ import annotations

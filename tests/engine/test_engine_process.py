@@ -18,7 +18,9 @@ from vjax import (
     LLM,
     AsyncEngineArgs,
     AsyncLLM,
+    ConfigError,
     EngineDeadError,
+    ModelRegistry,
     OutOfMemoryError,
     RequestOutputKind,
     SamplingParams,
@@ -28,6 +30,8 @@ from vjax.engine.builder import build_engine
 from vjax.engine.client import ThreadClient
 from vjax.engine.protocol import EngineInfo
 from vjax.metrics import Gauge
+from vjax.models import registry
+from vjax.models.decoder import DecoderModel
 
 #: As in other tests, so that what they compiled is found.
 SMALL = {"max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 128, "kv_cache_memory_bytes": 16 << 20}
@@ -156,6 +160,18 @@ def test_what_fails_at_the_start_is_raised_here():
     assert str(got.value) == str(wanted.value) and got.value.parameter == wanted.value.parameter
     assert "step_geometry" in str(got.value.__cause__)
     assert set(threading.enumerate()) == threads
+
+
+def test_a_model_class_that_the_process_cannot_import_is_refused(monkeypatch):
+    class Mine(DecoderModel):
+        pass
+
+    monkeypatch.setattr(registry, "_registered", {})
+    ModelRegistry.register_model("Elsewhere", "some.module:Model")
+    ModelRegistry.register_model("LlamaForCausalLM", Mine)
+    assert registry.registered_models() == {"Elsewhere": "some.module:Model"}
+    with pytest.raises(ConfigError, match="LlamaForCausalLM is defined in the main program"):
+        AsyncLLM(AsyncEngineArgs())
 
 
 _PARENT = """

@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 
 import zmq
 
@@ -28,10 +29,10 @@ from vjax.config.engine_args import EngineArgs
 from vjax.engine.client import EngineClient, dead_error, shut_down_error
 from vjax.engine.progress import ProgressReceiver
 from vjax.engine.protocol import Command, EngineInfo, Failed, Outputs, Ready, Stop, decode, encode
-from vjax.errors import EngineDeadError
+from vjax.errors import ConfigError, EngineDeadError
 from vjax.log import logger
 from vjax.messages import EngineRequest
-from vjax.models.registry import registered_models
+from vjax.models.registry import is_registered, read_hf_config, registered_models
 from vjax.text.load import load_tokenizer
 from vjax.text.tokenizer import Tokenizer
 from vjax.weights.hub import resolve_model_path
@@ -248,6 +249,7 @@ def start_process(
     """
     # Here, where a download is seen and can be interrupted; the child finds the files.
     model_dir = resolve_model_path(args.model, revision=args.revision, download_dir=args.download_dir)
+    _check_architecture(model_dir)
     client = ProcessClient(args, on_outputs, on_death)
     tokenizer = None
     try:
@@ -260,6 +262,20 @@ def start_process(
         raise
     client.wait_until_ready()
     return client, tokenizer
+
+
+def _check_architecture(model_dir: Path) -> None:
+    """Raises: ConfigError for a model whose class the child could not import."""
+    architectures = read_hf_config(model_dir).get("architectures")
+    for architecture in architectures if isinstance(architectures, list) else ():
+        if is_registered(architecture) and architecture not in registered_models():
+            raise ConfigError(
+                f"The class that is registered for {architecture} is defined in the main program, where the engine's "
+                'process cannot import it: put it into a module, or register it as "module:class", or keep the engine '
+                "in this process (VJAX_ENABLE_V1_MULTIPROCESSING=0).",
+                parameter="model",
+                value=architecture,
+            )
 
 
 def _bind(context: zmq.Context, kind: int, address: str) -> zmq.Socket:

@@ -3,8 +3,9 @@
     client --AddRequests, AbortRequests, Call, Stop--> core
     client <--Ready, Outputs, Reply, Failed----------- core
 
-Requests, aborts and outputs, of which there are some in every step, are MessagePack arrays without field names; all else
-is a pickle. Both ends are one program on one machine, and their sockets lie in a folder that only their user can enter.
+Requests, aborts and outputs, of which there are some in every step, are MessagePack arrays without field names; all
+else is a pickle. Both ends are one program on one machine, and their sockets lie in a folder that only their user can
+enter.
 """
 
 from __future__ import annotations
