@@ -9,8 +9,8 @@
 | VJAX_LOG_LEVEL | DEBUG, INFO, WARNING or ERROR | INFO |
 | VJAX_LOG_FORMAT | text, or json: every log record is one JSON object on a line of its own | text |
 
-Where VJAX_ENABLE_V1_MULTIPROCESSING is not set, VLLM_ENABLE_V1_MULTIPROCESSING counts; without either, an `AsyncLLM` has
-a process for its core and an `LLM` has not.
+Where VJAX_ENABLE_V1_MULTIPROCESSING is not set, VLLM_ENABLE_V1_MULTIPROCESSING counts; without either, an `AsyncLLM`
+has a process for its core and an `LLM` has not.
 """
 
 from __future__ import annotations

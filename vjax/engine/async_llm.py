@@ -149,8 +149,8 @@ class AsyncLLM:
                 self._drop(request_id, collector)
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
-        """Ends requests. Their callers get a last output with what there is, finish_reason "abort". Unknown and finished
-        ids are ignored."""
+        """Ends requests. Their callers get a last output with what there is, finish_reason "abort". Unknown and
+        finished ids are ignored."""
         request_ids = [request_id] if isinstance(request_id, str) else list(request_id)
         with self._lock:
             ended = self._outputs.abort_outputs(request_ids)

@@ -1,4 +1,4 @@
-"""How a front end reaches an engine core that it does not step itself: the interface, and the client of one in a thread.
+"""How a front end reaches an engine core that it does not step: the interface, and the client of one in a thread.
 
 `process_client.py` has the client of a core in a process of its own.
 """
