@@ -299,6 +299,14 @@ def test_metrics_and_prefix_cache(engine):
     assert warm.metrics.arrival_ts <= warm.metrics.scheduled_ts <= warm.metrics.first_token_ts
 
 
+def test_names_that_users_of_vllm_know():
+    from vjax import AsyncLLMEngine
+    from vjax.v1.engine import async_llm, exceptions
+
+    assert AsyncLLM is AsyncLLMEngine is async_llm.AsyncLLM and EngineDeadError is exceptions.EngineDeadError
+    assert not AsyncEngineArgs().disable_log_stats and AsyncEngineArgs(disable_log_stats=True).disable_log_stats
+
+
 # ---- engines that end, on a device that is none -------------------------------------------------------------------
 
 

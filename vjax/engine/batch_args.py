@@ -15,12 +15,12 @@ Prompt = str | Mapping[str, Any] | Sequence[int]
 #: vLLM's further keywords of generate and chat -> the only value besides None that asks for nothing.
 _NO_EFFECT: dict[str, Any] = {
     "lora_request": None,
+    "trace_headers": None,
+    "data_parallel_rank": None,
     "prompt_adapter_request": None,
     "guided_options_request": None,
     "tokenization_kwargs": {},
     "mm_processor_kwargs": {},
-    "trace_headers": None,
-    "data_parallel_rank": None,
     "chat_template_content_format": "auto",
 }
 
