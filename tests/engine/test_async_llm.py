@@ -24,7 +24,7 @@ from vjax.scheduler.factory import make_scheduler
 
 CUMULATIVE, DELTA, FINAL_ONLY = RequestOutputKind
 #: As in other tests, so that what they compiled is found.
-SMALL = {"max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 128, "kv_cache_memory_bytes": 16 << 20}
+SMALL = {"max_model_len": 256, "max_num_seqs": 4, "max_num_batched_tokens": 64, "kv_cache_memory_bytes": 16 << 20}
 PROMPTS = ["def add(a, b):", "import os", "class Node:", "for i in range("]
 
 
