@@ -10,8 +10,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vjax.config.engine_args import EngineArgs
-    from vjax.errors import ConfigError, EngineStepError, ModelLoadError, OutOfMemoryError, VjaxValidationError
+    from vjax.config.engine_args import AsyncEngineArgs, EngineArgs
+    from vjax.engine.async_llm import AsyncLLM, AsyncLLMEngine
+    from vjax.errors import (
+        ConfigError,
+        EngineDeadError,
+        EngineStepError,
+        ModelLoadError,
+        OutOfMemoryError,
+        VjaxValidationError,
+    )
     from vjax.llm import LLM
     from vjax.models.registry import ModelRegistry
     from vjax.outputs import CompletionOutput, RequestOutput
@@ -21,9 +29,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "AsyncEngineArgs": "vjax.config.engine_args",
+    "AsyncLLM": "vjax.engine.async_llm",
+    "AsyncLLMEngine": "vjax.engine.async_llm",
     "CompletionOutput": "vjax.outputs",
     "ConfigError": "vjax.errors",
     "EngineArgs": "vjax.config.engine_args",
+    "EngineDeadError": "vjax.errors",
     "EngineStepError": "vjax.errors",
     "ModelLoadError": "vjax.errors",
     "ModelRegistry": "vjax.models.registry",
@@ -39,9 +51,13 @@ _MODULES = {
 
 __all__ = [
     "LLM",
+    "AsyncEngineArgs",
+    "AsyncLLM",
+    "AsyncLLMEngine",
     "CompletionOutput",
     "ConfigError",
     "EngineArgs",
+    "EngineDeadError",
     "EngineStepError",
     "ModelLoadError",
     "ModelRegistry",

@@ -3,12 +3,15 @@
     front end --EngineRequest--> scheduler --SchedulerOutput--> runner
     front end <--EngineOutput--- scheduler <---StepOutput------ runner
 
-Scheduler and runner never see each other; these records are all they share. Plain Python, no jax.
+Scheduler and runner never see each other; these records are all they share. Plain Python, no jax. Requests and outputs
+may cross to another process: `vjax/engine/protocol.py` names what of them does.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+
+import msgspec
 
 from vjax.outputs import RequestMetrics
 from vjax.sampling_params import SamplingParams
@@ -86,8 +89,7 @@ class StepOutput:
     sampled_token_ids: list[int]
 
 
-@dataclass(slots=True)
-class EngineOutput:
+class EngineOutput(msgspec.Struct, array_like=True, gc=False):
     """New tokens of one request after one step."""
 
     request_id: str

@@ -194,6 +194,13 @@ class EngineArgs:
         )
 
 
+@dataclass
+class AsyncEngineArgs(EngineArgs):
+    """Arguments of `AsyncLLM`: as `EngineArgs`, but metrics are kept unless they are switched off, as in vLLM."""
+
+    disable_log_stats: bool = False
+
+
 def _eos_token_ids(arch: Any, hf_config: Mapping[str, Any]) -> tuple[int, ...]:
     ids = arch.eos_token_ids
     if not ids:

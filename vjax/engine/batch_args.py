@@ -15,6 +15,8 @@ Prompt = str | Mapping[str, Any] | Sequence[int]
 #: vLLM's further keywords of generate and chat -> the only value besides None that asks for nothing.
 _NO_EFFECT: dict[str, Any] = {
     "lora_request": None,
+    "trace_headers": None,
+    "data_parallel_rank": None,
     "prompt_adapter_request": None,
     "guided_options_request": None,
     "mm_processor_kwargs": {},
@@ -107,8 +109,8 @@ def salt_per_prompt(cache_salt: Any, num_prompts: int) -> Sequence[str | None]:
     return cache_salt
 
 
-def check_other_arguments(method: str, arguments: Mapping[str, Any]) -> None:
-    """Accepts vLLM's further keywords of a method while they ask for nothing.
+def check_other_arguments(method: str, arguments: Mapping[str, Any], owner: str = "LLM") -> None:
+    """Accepts vLLM's further keywords of a method of the class `owner` while they ask for nothing.
 
     Raises:
         VjaxValidationError: One of them asks for something.
@@ -116,10 +118,10 @@ def check_other_arguments(method: str, arguments: Mapping[str, Any]) -> None:
     """
     for name, value in arguments.items():
         if name not in _NO_EFFECT:
-            raise TypeError(f"LLM.{method}() got an unexpected keyword argument {name!r}")
+            raise TypeError(f"{owner}.{method}() got an unexpected keyword argument {name!r}")
         if value is not None and value != _NO_EFFECT[name]:
             raise VjaxValidationError(
-                f"{name}={value!r:.100} is not supported by LLM.{method}; leave the argument out.",
+                f"{name}={value!r:.100} is not supported by {owner}.{method}; leave the argument out.",
                 parameter=name,
                 value=value,
             )

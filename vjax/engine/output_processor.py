@@ -115,6 +115,17 @@ class OutputProcessor:
                         self._finish(sequence, "abort")
         return to_abort
 
+    def abort_outputs(self, request_ids: Sequence[str]) -> list[EngineOutput]:
+        """What ends requests with what they have so far, for `process`: one output with finish_reason "abort" for each
+        unfinished completion, which the core must abort. Unknown and finished ids are ignored."""
+        return [
+            EngineOutput(request.request_id, [], "abort", num_cached_tokens=prompt.num_cached_tokens or 0)
+            for request_id in dict.fromkeys(request_ids)
+            if (prompt := self._prompts.get(request_id))
+            for request in prompt.processed.requests
+            if request.request_id in self._sequences
+        ]
+
     def process(self, outputs: Sequence[EngineOutput]) -> tuple[list[RequestOutput], list[str]]:
         """Takes one step's outputs. Those of unknown (aborted) requests are ignored.
 
