@@ -127,11 +127,19 @@ def _load_leaf(sources: LeafSources, checkpoint: Checkpoint, dtype, sharding: Na
         cast = [[tensor.astype(dtype) for tensor in group] for group in tensors]
         return jax.device_put(np.stack([packing.pack(np, group, sources.packed_shape) for group in cast]), sharding)
     if sources.packing == "copy" and tensors[0][0].dtype == dtype:
-        # The largest leaves; a program would hold them twice. Not the file's own memory, which the CPU could take.
-        return jax.device_put(tensors[0][0], sharding, may_alias=False)
+        # The largest leaves; a program would hold them twice.
+        return _place(tensors[0][0], sharding)
     # Transposing on the device is far faster than on the host.
     pack = _pack_on_device(sources.packing, sources.packed_shape, jnp.dtype(dtype).name, sharding)
     return pack(tensors[0])
+
+
+def _place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """The array on its placement, in memory of its own."""
+    if next(iter(sharding.device_set)).platform == "cpu":
+        # JAX takes over memory that is aligned, whatever `may_alias` says, and this is the file's.
+        array = array.copy()
+    return jax.device_put(array, sharding)
 
 
 @functools.cache
