@@ -353,6 +353,7 @@ def test_the_engine_goes_with_its_last_reference(simulated):
     assert asyncio.run(collect(engine, [7], params(max_tokens=3), "r"))[-1].finished
     assert thread.is_alive() and engine.is_running and not engine.errored and not device.is_shut_down
     del engine
+    thread.join(10)  # it may have been about to return from a method of the engine, and then shuts it down itself
     assert gone() is None and not thread.is_alive() and device.is_shut_down
 
 
