@@ -9,17 +9,28 @@ from vjax.messages import EngineRequest
 from vjax.outputs import RequestMetrics
 
 
-class ProgressSender:
-    """The core's side: adds to each step's outputs what is new of their requests."""
+class _Progress:
+    """Records of unfinished requests; those without one are passed over."""
 
     def __init__(self) -> None:
         self._requests: dict[str, RequestMetrics] = {}
-        self._sent: dict[str, Progress] = {}
 
     def add(self, requests: Iterable[EngineRequest]) -> None:
         for request in requests:
             if request.metrics is not None:
                 self._requests[request.request_id] = request.metrics
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            self._requests.pop(request_id, None)
+
+
+class ProgressSender(_Progress):
+    """The core's side: adds to each step's outputs what is new of their requests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sent: dict[str, Progress] = {}
 
     def forget(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
@@ -44,20 +55,8 @@ class ProgressSender:
         message.progress = progress
 
 
-class ProgressReceiver:
+class ProgressReceiver(_Progress):
     """The front end's side: writes it into the records of the front end's own requests."""
-
-    def __init__(self) -> None:
-        self._requests: dict[str, RequestMetrics] = {}
-
-    def add(self, requests: Iterable[EngineRequest]) -> None:
-        for request in requests:
-            if request.metrics is not None:
-                self._requests[request.request_id] = request.metrics
-
-    def forget(self, request_ids: Iterable[str]) -> None:
-        for request_id in request_ids:
-            self._requests.pop(request_id, None)
 
     def apply(self, message: Outputs) -> None:
         for request_id, progress in message.progress.items():
