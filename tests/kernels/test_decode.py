@@ -242,3 +242,12 @@ def test_real_sizes(name: str, window: int | None):
     batch = batch_of_heads(8, [1] * len(kv_lens), kv_lens, MODELS[model], block_size, padding_seqs=1, padding_tokens=1)
     plan = decode_plan(batch, sliding_window=window, **config)
     check(batch, plan, interpret=False, count=21, soft_cap=None if window is None else 30.0)
+
+
+@pytest.mark.parametrize("interpret", INTERPRET)
+def test_several_tokens_as_tuned(interpret: bool):
+    """The H200's entry for five tokens a sequence: staged and unrolled otherwise than the one-token entries."""
+    q_lens, kv_lens = ([5, 1, 4], [300, 130, 4]) if interpret else ([5, 5, 1, 4, 3] * 13, [2048, 700, 130, 4, 66] * 13)
+    batch = batch_of_heads(9, q_lens, kv_lens, MODELS["llama3_8b"], 16, padding_seqs=1, padding_tokens=2)
+    config = {"heads": 2, "columns": 128, "stages": 4, "unroll": 2, "staged": 128, "ctas": 2 if interpret else 128}
+    check(batch, decode_plan(batch, max_q_len=5, **config), interpret=interpret, count=1 if interpret else 21)
