@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vjax.errors import ConfigError, EngineStepError, ModelLoadError, OutOfMemoryError, VjaxValidationError
     from vjax.llm import LLM
     from vjax.models.registry import ModelRegistry
-    from vjax.outputs import CompletionOutput, RequestOutput
+    from vjax.outputs import CompletionOutput, Logprob, RequestOutput
     from vjax.sampling_params import RequestOutputKind, SamplingParams
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ _MODULES = {
     "ConfigError": "vjax.errors",
     "EngineArgs": "vjax.config.engine_args",
     "EngineStepError": "vjax.errors",
+    "Logprob": "vjax.outputs",
     "ModelLoadError": "vjax.errors",
     "ModelRegistry": "vjax.models.registry",
     "OutOfMemoryError": "vjax.errors",
@@ -39,6 +40,7 @@ __all__ = [
     "ConfigError",
     "EngineArgs",
     "EngineStepError",
+    "Logprob",
     "ModelLoadError",
     "ModelRegistry",
     "OutOfMemoryError",

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from vjax.outputs import RequestMetrics
 from vjax.sampling_params import SamplingParams
 
@@ -31,6 +33,8 @@ class EngineRequest:
     #: Lower runs first under the "priority" policy.
     priority: int = 0
     cache_salt: str | None = None
+    #: SamplingParams.bad_words as sequences of tokens.
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     #: Where the scheduler notes what it alone sees: first admission, cached tokens, preemptions. None: nobody asks.
     metrics: RequestMetrics | None = None
 
@@ -47,6 +51,8 @@ class RowInit:
     num_prompt_tokens: int
     #: Ids that min_tokens masks: EOS and stop_token_ids. Empty unless min_tokens > 0.
     masked_token_ids: tuple[int, ...] = ()
+    #: As in `EngineRequest`.
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(slots=True)
@@ -82,6 +88,53 @@ class StepOutput:
 
     step_id: int
     sampled_token_ids: list[int]
+    #: Of all of them, when one of the requests asked for log probabilities.
+    logprobs: StepLogprobs | None = None
+
+
+@dataclass(slots=True)
+class StepLogprobs:
+    """Log probabilities (or logits, as logprobs_mode says) of the N tokens of one step."""
+
+    #: f32 [N].
+    logprobs: np.ndarray
+    #: i32 [N], from 1.
+    ranks: np.ndarray
+    #: i32 [N, K], the K most probable ids, most probable first.
+    top_ids: np.ndarray
+    #: f32 [N, K].
+    top_logprobs: np.ndarray
+    #: f32 [N, E], of the request's logprob_token_ids.
+    named_logprobs: np.ndarray
+    #: f32 [N, vocab_size], when a request asked for those of all ids.
+    all_logprobs: np.ndarray | None = None
+
+    def of(self, i: int, params: SamplingParams) -> SampledLogprobs:
+        """What the request behind the i-th token asked for."""
+        k = params.logprobs or 0
+        if 0 <= k <= self.top_ids.shape[1]:
+            top = self.top_ids[i, :k].tolist(), self.top_logprobs[i, :k].tolist()
+        else:
+            assert self.all_logprobs is not None
+            ids = np.argsort(-self.all_logprobs[i], kind="stable")[: k if k > 0 else None]
+            top = ids.tolist(), self.all_logprobs[i, ids].tolist()
+        named = params.logprob_token_ids or []
+        named_logprobs = self.named_logprobs[i, : len(named)].tolist()
+        return SampledLogprobs(float(self.logprobs[i]), int(self.ranks[i]), *top, named, named_logprobs)
+
+
+@dataclass(slots=True)
+class SampledLogprobs:
+    """Of one token."""
+
+    logprob: float
+    rank: int
+    #: The most probable ids, as many as asked for.
+    top_ids: list[int]
+    top_logprobs: list[float]
+    #: The request's logprob_token_ids.
+    named_ids: list[int]
+    named_logprobs: list[float]
 
 
 @dataclass(slots=True)
@@ -98,3 +151,5 @@ class EngineOutput:
     num_cached_tokens: int = 0
     #: Why the request failed, when finish_reason is "error".
     error: str | None = None
+    #: One per new token, if asked for.
+    new_logprobs: list[SampledLogprobs] | None = None

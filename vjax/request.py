@@ -62,6 +62,10 @@ class Request:
     num_preemptions: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    #: SamplingParams.bad_words as sequences of tokens.
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    #: Whether each token comes with log probabilities.
+    wants_logprobs: bool = False
     #: The front end's record of it; None with disable_log_stats.
     metrics: RequestMetrics | None = None
 
@@ -79,6 +83,8 @@ class Request:
             priority=r.priority,
             cache_salt=r.cache_salt,
             metrics=r.metrics,
+            bad_words_token_ids=r.bad_words_token_ids,
+            wants_logprobs=r.sampling_params.wants_logprobs,
             max_num_tokens=min(len(r.prompt_token_ids) + r.sampling_params.max_tokens, max_model_len),
             stop_ids=r.sampling_params.all_stop_token_ids.union(eos),
         )

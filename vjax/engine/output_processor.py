@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from vjax.engine.input_processor import ProcessedRequest
 from vjax.engine.recorder import MetricsRecorder, merged
 from vjax.messages import EngineOutput
-from vjax.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from vjax.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from vjax.sampling_params import RequestOutputKind
 from vjax.text.detokenizer import make_detokenizer
 from vjax.text.tokenizer import Tokenizer
@@ -31,7 +31,18 @@ class _Prompt:
 class _Sequence:
     """One completion."""
 
-    __slots__ = ("completion", "detokenizer", "index", "metrics", "num_shown_tokens", "prompt", "quiet", "token_ids")
+    __slots__ = (
+        "completion",
+        "cumulative_logprob",
+        "detokenizer",
+        "index",
+        "logprobs",
+        "metrics",
+        "num_shown_tokens",
+        "prompt",
+        "quiet",
+        "token_ids",
+    )
 
     def __init__(self, prompt: _Prompt, index: int, tokenizer: Tokenizer | None):
         processed = prompt.processed
@@ -44,8 +55,13 @@ class _Sequence:
         self.num_shown_tokens = 0
         #: Set when the completion is finished.
         self.completion: CompletionOutput | None = None
+        params = processed.params
+        #: One per token; None if they were not asked for.
+        self.logprobs: list[dict[int, Logprob]] | None = [] if params.wants_logprobs else None
+        self.cumulative_logprob = 0.0
         # Until it finishes, nothing has to happen but to collect tokens.
-        self.quiet = processed.params.output_kind is RequestOutputKind.FINAL_ONLY and not processed.params.stop
+        is_final_only = params.output_kind is RequestOutputKind.FINAL_ONLY
+        self.quiet = is_final_only and not params.stop and self.logprobs is None
 
 
 class OutputProcessor:
@@ -141,12 +157,29 @@ class OutputProcessor:
         prompt = sequence.prompt
         if prompt.num_cached_tokens is None or sequence.index == 0:
             prompt.num_cached_tokens = output.num_cached_tokens
+        if sequence.logprobs is not None and output.new_logprobs is not None:
+            self._add_logprobs(sequence, output)
         reason = output.finish_reason
         stop = sequence.detokenizer.update(output.new_token_ids, reason is not None, reason == "stop")
         if stop is None:
             return False
         output.finish_reason, output.stop_reason = "stop", stop
         return reason is None
+
+    def _add_logprobs(self, sequence: _Sequence, output: EngineOutput) -> None:
+        assert sequence.logprobs is not None and output.new_logprobs is not None
+        tokenizer = self._tokenizer if sequence.prompt.processed.params.detokenize else None
+        for token_id, found in zip(output.new_token_ids, output.new_logprobs, strict=True):
+            entry = {token_id: Logprob(found.logprob, found.rank)}
+            for rank, (i, value) in enumerate(zip(found.top_ids, found.top_logprobs, strict=True), 1):
+                entry.setdefault(i, Logprob(value, rank))
+            for i, value in zip(found.named_ids, found.named_logprobs, strict=True):
+                entry.setdefault(i, Logprob(value))
+            if tokenizer is not None:
+                for i, logprob in entry.items():
+                    logprob.decoded_token = tokenizer.decode([i], skip_special_tokens=False)
+            sequence.logprobs.append(entry)
+            sequence.cumulative_logprob += found.logprob
 
     def _show(self, sequence: _Sequence, output: EngineOutput) -> RequestOutput | None:
         prompt = sequence.prompt
@@ -178,16 +211,22 @@ class OutputProcessor:
 
 def _completion(sequence: _Sequence, output: EngineOutput, delta: bool) -> CompletionOutput:
     finished = output.finish_reason is not None
-    token_ids = sequence.token_ids
+    token_ids, logprobs = sequence.token_ids, sequence.logprobs
+    if logprobs is not None:
+        del logprobs[len(token_ids) :]  # of tokens behind a stop string
     if delta:
-        token_ids = token_ids[sequence.num_shown_tokens :]
+        first = sequence.num_shown_tokens
+        token_ids, logprobs = token_ids[first:], None if logprobs is None else logprobs[first:]
         sequence.num_shown_tokens += len(token_ids)
     elif not finished:
-        token_ids = token_ids.copy()  # the original goes on growing
+        # The originals go on growing.
+        token_ids, logprobs = token_ids.copy(), None if logprobs is None else logprobs.copy()
     return CompletionOutput(
         index=sequence.index,
         text=sequence.detokenizer.get_next_output_text(finished, delta),
         token_ids=token_ids,
+        cumulative_logprob=None if logprobs is None else sequence.cumulative_logprob,
+        logprobs=logprobs,
         finish_reason=output.finish_reason,
         stop_reason=output.stop_reason,
         error=output.error,

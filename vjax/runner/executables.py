@@ -19,9 +19,9 @@ from jax.sharding import Mesh
 from vjax.log import logger, warning_once
 from vjax.runner.buckets import Buckets, ForwardBucket
 from vjax.runner.exported import import_program
-from vjax.runner.programs import Key, SampleBucket, all_keys, lower, make_program, sample_buckets
+from vjax.runner.programs import Key, SampleBucket, all_keys, feature_bucket, lower, make_program, sample_buckets
 from vjax.runner.step import Step
-from vjax.sample.sampler import Variant
+from vjax.sample.sampler import Feature, Variant
 
 log = logger(__name__)
 
@@ -71,13 +71,15 @@ class Executables:
         bucket = self.buckets.forward_bucket(num_tokens, num_seqs)
         return bucket, self._serve(bucket)
 
-    def sample_for(self, num_rows: int, variant: Variant) -> Any:
-        """The executable that samples `num_rows` rows, at least as capable as `variant`."""
+    def sample_for(self, num_rows: int, variant: Variant, features: Feature = Feature(0)) -> Any:
+        """The executable that samples `num_rows` rows, at least as capable as `variant`, and with these features."""
+        if features:
+            return self._serve(feature_bucket(self.buckets.sample, num_rows, features))
         capable = (b for b in self._sample_buckets if b.variant >= variant and b.num_rows >= num_rows)
         return self._serve(next(capable))
 
     def update(self, name: str) -> Any:
-        """ "write_rows" or "write_masked_ids"."""
+        """ "write_rows", "write_masked_ids" or "write_processors"."""
         return self._serve(name)
 
     def ready(self) -> list[tuple[Key, Any]]:

@@ -1,7 +1,7 @@
 """What a request may do to its logits before a token is drawn from them.
 
-Order as in vLLM's second model runner: allowed ids, biases, min_tokens (`sampler.mask_ids`), penalties, bad words. Every
-function leaves the rows that do not use it as they are, and -inf stays -inf.
+Order as in vLLM's second model runner: allowed ids, biases, penalties, bad words (and min_tokens, `sampler.mask_ids`:
+where in the order does not matter to what becomes -inf). Every function leaves the rows that do not use it as they are.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def add_bias(logits: jax.Array, ids: jax.Array, bias: jax.Array) -> jax.Array:
 def penalize(
     logits: jax.Array, history: History, *, repetition: jax.Array, frequency: jax.Array, presence: jax.Array
 ) -> jax.Array:
-    """Repetition penalty (Keskar et al. 2019, CTRL) of what is in prompt or output; frequency and presence penalties, as
-    OpenAI defines them, of what is in the output. Penalties are f32 [R]; 1, 0 and 0 are none.
+    """Repetition penalty (CTRL, Keskar et al. 2019) of what is in prompt or output; frequency and presence penalties,
+    as OpenAI defines them, of what is in the output. Penalties are f32 [R]; 1, 0 and 0 are none.
 
     No count is kept for each id of the vocabulary: a token that occurs again is written again, with the same value, or
     has its penalty subtracted once more.

@@ -106,7 +106,8 @@ class Scheduler:
             return []  # Partial prefills only, or dropped by a reset.
         outputs: list[EngineOutput] = []
         num_finished = 0
-        for request, token_id in zip(requests, output.sampled_token_ids, strict=True):
+        logprobs = output.logprobs
+        for i, (request, token_id) in enumerate(zip(requests, output.sampled_token_ids, strict=True)):
             if request.finish_reason is not None:
                 continue
             request.num_placeholders -= 1
@@ -123,6 +124,8 @@ class Scheduler:
                 state.kv.cache_full_blocks(request)
             ended, why = request.finish_reason, request.stop_reason
             outputs.append(EngineOutput(request.request_id, [token_id], ended, why, request.num_cached_tokens or 0))
+            if logprobs is not None and request.wants_logprobs:
+                outputs[-1].new_logprobs = [logprobs.of(i, request.sampling_params)]
         state.stats.generation_tokens += len(outputs)
         if num_finished:
             state.drop_finished()

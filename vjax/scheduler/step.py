@@ -113,4 +113,5 @@ class StepBuilder:
             sampling_params=params,
             num_prompt_tokens=request.num_prompt_tokens,
             masked_token_ids=tuple(sorted(request.stop_ids)) if params.min_tokens > 0 else (),
+            bad_words_token_ids=request.bad_words_token_ids,
         )
