@@ -317,7 +317,7 @@ def _strings(name: str, value: Any) -> list[str]:
 
 
 def _biases(value: Any) -> dict[int, float] | None:
-    if not value:
+    if value is None:
         return None
     if not isinstance(value, Mapping):
         raise _error("logit_bias", value, "must map token ids to numbers")
@@ -335,7 +335,7 @@ def _biases(value: Any) -> dict[int, float] | None:
     if len(biases) > MAX_LOGIT_BIASES:
         what = f"has {len(biases)} ids; at most {MAX_LOGIT_BIASES} are allowed; allowed_token_ids takes any number"
         raise _error("logit_bias", "{...}", what)
-    return biases
+    return biases or None
 
 
 def _token_ids(name: str, value: Any) -> list[int]:
