@@ -8,6 +8,7 @@ Scheduler and runner never see each other; these records are all they share. Pla
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -76,6 +77,12 @@ class SchedulerOutput:
     block_rows: list[int] = field(default_factory=list)
     block_columns: list[int] = field(default_factory=list)
     block_ids: list[int] = field(default_factory=list)
+    #: Prompt tokens whose log probabilities are wanted: where in the flat batch the token before each of them is, and
+    #: their ids.
+    scored_indices: list[int] = field(default_factory=list)
+    scored_token_ids: list[int] = field(default_factory=list)
+    #: Most probable ids that are wanted with each of them; -1: all.
+    scored_num_top: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -90,6 +97,8 @@ class StepOutput:
     sampled_token_ids: list[int]
     #: Of all of them, when one of the requests asked for log probabilities.
     logprobs: StepLogprobs | None = None
+    #: Of `SchedulerOutput.scored_token_ids`, in their order.
+    scored: StepLogprobs | None = None
 
 
 @dataclass(slots=True)
@@ -109,18 +118,33 @@ class StepLogprobs:
     #: f32 [N, vocab_size], when a request asked for those of all ids.
     all_logprobs: np.ndarray | None = None
 
-    def of(self, i: int, params: SamplingParams) -> SampledLogprobs:
-        """What the request behind the i-th token asked for."""
-        k = params.logprobs or 0
+    @classmethod
+    def joined(cls, parts: Sequence[StepLogprobs]) -> StepLogprobs:
+        """One after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        names = ("logprobs", "ranks", "top_ids", "top_logprobs", "named_logprobs")
+        joined = cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+        every = [part.all_logprobs for part in parts if part.all_logprobs is not None]
+        joined.all_logprobs = np.concatenate(every) if every else None
+        return joined
+
+    def of(self, i: int, num_top: int | None, named: Sequence[int] = ()) -> SampledLogprobs:
+        """What the request behind the i-th token asked for.
+
+        Args:
+            num_top: Its `logprobs` or `prompt_logprobs`.
+            named: Its `logprob_token_ids`.
+        """
+        k = num_top or 0
         if 0 <= k <= self.top_ids.shape[1]:
             top = self.top_ids[i, :k].tolist(), self.top_logprobs[i, :k].tolist()
         else:
             assert self.all_logprobs is not None
             ids = np.argsort(-self.all_logprobs[i], kind="stable")[: k if k > 0 else None]
             top = ids.tolist(), self.all_logprobs[i, ids].tolist()
-        named = params.logprob_token_ids or []
         named_logprobs = self.named_logprobs[i, : len(named)].tolist()
-        return SampledLogprobs(float(self.logprobs[i]), int(self.ranks[i]), *top, named, named_logprobs)
+        return SampledLogprobs(float(self.logprobs[i]), int(self.ranks[i]), *top, list(named), named_logprobs)
 
 
 @dataclass(slots=True)
@@ -153,3 +177,5 @@ class EngineOutput:
     error: str | None = None
     #: One per new token, if asked for.
     new_logprobs: list[SampledLogprobs] | None = None
+    #: With the first token: of each token of the prompt but the first, if asked for.
+    prompt_logprobs: list[SampledLogprobs] | None = None

@@ -157,7 +157,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     #: All completions are finished.
     finished: bool
-    prompt_logprobs: list[dict[int, Any] | None] | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     metrics: RequestMetrics | None = None
     lora_request: Any = None
     #: Prompt tokens whose KV came from the prefix cache at first admission; None until then.

@@ -81,6 +81,7 @@ class SamplingParams:
     #: Most probable tokens whose log probabilities come with each token, beside the token's own: 0 for that alone, up
     #: to the engine's max_logprobs, -1 for the whole vocabulary.
     logprobs: int | None = None
+    #: The same for the tokens of the prompt, but the first. The prompt's blocks are not taken from the prefix cache.
     prompt_logprobs: int | None = None
     #: At most 128 ids whose log probabilities come with each token.
     logprob_token_ids: list[int] | None = None
@@ -211,6 +212,9 @@ class SamplingParams:
         if self.logprobs is not None:
             hint = "use 0 for the sampled tokens alone, -1 for the whole vocabulary, None for none"
             self.logprobs = _int(self, "logprobs", -1, None, hint)
+        if self.prompt_logprobs is not None:
+            hint = "use 0 for the prompt's tokens alone, -1 for the whole vocabulary, None for none"
+            self.prompt_logprobs = _int(self, "prompt_logprobs", -1, None, hint)
         if self.logprob_token_ids is not None:
             ids = self.logprob_token_ids = _token_ids("logprob_token_ids", self.logprob_token_ids) or None
             if ids and len(ids) > MAX_LOGPROB_TOKEN_IDS:
@@ -258,7 +262,7 @@ _BOOLEANS = (
 _SUPPORTED = {"n", "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "min_tokens"}
 _SUPPORTED |= {"stop", "stop_token_ids", "output_kind", *_BOOLEANS}
 _SUPPORTED |= {"presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids"}
-_SUPPORTED |= {"bad_words", "logprobs", "logprob_token_ids"}
+_SUPPORTED |= {"bad_words", "logprobs", "prompt_logprobs", "logprob_token_ids"}
 _UNSUPPORTED = {f.name: f.default for f in dataclasses.fields(SamplingParams) if f.name not in _SUPPORTED}
 #: Defaults as they are after construction.
 _REPR_DEFAULTS = [

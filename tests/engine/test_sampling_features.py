@@ -11,7 +11,7 @@ import pytest
 
 from tests.models.checkpoints import hf_logits
 from vjax import LLM, SamplingParams
-from vjax.outputs import CompletionOutput
+from vjax.outputs import CompletionOutput, RequestOutput
 from vjax.weights.hub import resolve_model_path
 
 pytest.importorskip("torch", reason="Hugging Face in torch is the oracle")
@@ -99,6 +99,25 @@ def test_named_logprobs_come_after_the_others(llm: LLM):
     assert neither.outputs[0].logprobs is None and neither.outputs[0].cumulative_logprob is None
 
 
+@pytest.mark.parametrize(("k", "budget"), [(0, 512), (3, 16), (-1, 16)])
+def test_prompt_logprobs_are_hugging_faces(llm: LLM, k: int, budget: int):
+    """Of prompts in one piece and in many, before and after they are in the prefix cache."""
+    params = SamplingParams(temperature=0.0, max_tokens=2, prompt_logprobs=k)
+    with make_llm(max_logprobs=-1, max_num_batched_tokens=budget) as llm:
+        outputs = generate(llm, greedy()), *(generate(llm, params) for _ in range(2))
+    assert all(output.prompt_logprobs is None for output in outputs[0])
+    for output in (*outputs[1], *outputs[2]):
+        ids, found = output.prompt_token_ids, output.prompt_logprobs
+        wanted = log_softmax(hf_logits(MODEL, ids)[:-1].astype(np.float64))
+        assert found is not None and len(found) == len(ids) and found[0] is None
+        for token, entry, row in zip(ids[1:], found[1:], wanted, strict=True):
+            order = np.argsort(-row, kind="stable").tolist()
+            top = order if k == -1 else order[:k]
+            assert list(entry)[:8] == list(dict.fromkeys([token, *top]))[:8] and len(entry) == len({token, *top})
+            assert entry[token].rank == 1 + order.index(token)
+            assert all(abs(entry[i].logprob - row[i]) < 1e-3 for i in entry)
+
+
 @pytest.mark.parametrize("mode", ["processed_logprobs", "raw_logits", "processed_logits"])
 def test_logprobs_mode(mode: str):
     params = greedy(logprobs=2, logit_bias={300: 50.0})
@@ -175,6 +194,7 @@ KINDS = {
     "frequency": {"frequency_penalty": 0.8, "logprobs": 2},
     "bad_words": {"bad_words": ["return", "self"], "logprobs": 2},
     "logprobs": {"logprobs": 2},
+    "prompt_logprobs": {"prompt_logprobs": 2, "logprobs": 0},
     "seeded": {"temperature": 0.9, "seed": 5, "top_p": 0.8, "presence_penalty": 0.5, "logprobs": 2},
 }
 
@@ -184,22 +204,28 @@ def expected(llm: LLM):
     return generate_kinds(llm)
 
 
-def generate_kinds(llm: LLM) -> list[CompletionOutput]:
+def generate_kinds(llm: LLM) -> list[RequestOutput]:
     common = {"temperature": 0.0, "max_tokens": NUM_TOKENS, "ignore_eos": True}
     params = [SamplingParams(**{**common, **KINDS[kind]}) for kind in KINDS for _ in TEXTS]
-    return [output.outputs[0] for output in generate(llm, params, TEXTS * len(KINDS))]
+    return generate(llm, params, TEXTS * len(KINDS))
 
 
 @pytest.mark.parametrize(
     ("overlap", "blocks", "budget"),
     [(True, PLENTY, 48), (False, PLENTY, 8192), (True, FEW, 8192), (False, FEW, 48)],
 )
-def test_modes_agree(expected: list[CompletionOutput], overlap: bool, blocks: int, budget: int):
+def test_modes_agree(expected: list[RequestOutput], overlap: bool, blocks: int, budget: int):
     options = {"async_scheduling": overlap, "num_gpu_blocks_override": blocks, "max_num_batched_tokens": budget}
     with make_llm(**options, disable_log_stats=False) as llm:
         outputs = generate_kinds(llm)
         preemptions = next(m.value for m in llm.get_metrics() if m.name == "vjax:num_preemptions")
     assert (preemptions > 0) == (blocks == FEW)
-    for got, wanted in zip(outputs, expected, strict=True):
+    for one, other in zip(outputs, expected, strict=True):
+        got, wanted = one.outputs[0], other.outputs[0]
         assert got.token_ids == wanted.token_ids
         assert got.cumulative_logprob == pytest.approx(wanted.cumulative_logprob, rel=1e-3)
+        assert values(one.prompt_logprobs) == pytest.approx(values(other.prompt_logprobs), rel=1e-3)
+
+
+def values(prompt_logprobs) -> list[float]:
+    return [p.logprob for entry in prompt_logprobs or () for p in (entry or {}).values()]

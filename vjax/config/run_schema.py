@@ -45,6 +45,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "allowed_token_ids": {**_TOKEN_IDS, "type": ["array", "null"], "minItems": 1},
     "bad_words": {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "maxItems": MAX_BAD_WORDS}, {"type": "null"}]},
     "logprobs": {"type": ["integer", "null"], "minimum": -1},
+    "prompt_logprobs": {"type": ["integer", "null"], "minimum": -1},
     "logprob_token_ids": {**_TOKEN_IDS, "type": ["array", "null"], "maxItems": MAX_LOGPROB_TOKEN_IDS},
     "seed": {"type": ["integer", "null"], "minimum": -(2**63), "maximum": 2**63 - 1},
     "stop": {"anyOf": [_TEXT, {"type": "array", "items": _TEXT}, {"type": "null"}]},

@@ -232,15 +232,17 @@ class InputProcessor:
         return params
 
     def _check_num_logprobs(self, params: SamplingParams) -> None:
-        asked, most = params.logprobs, self._max_logprobs
-        if asked is None or most == -1 or 0 <= asked <= most:
-            return
-        wanted = "the whole vocabulary" if asked == -1 else str(asked)
-        raise _error(
-            "logprobs",
-            asked,
-            f"asks for {wanted}, and max_logprobs is {most}; ask for less, or raise max_logprobs (-1: all)",
-        )
+        most = self._max_logprobs
+        for name in ("logprobs", "prompt_logprobs"):
+            asked = getattr(params, name)
+            if asked is None or most == -1 or 0 <= asked <= most:
+                continue
+            wanted = "the whole vocabulary" if asked == -1 else str(asked)
+            raise _error(
+                name,
+                asked,
+                f"asks for {wanted}, and max_logprobs is {most}; ask for less, or raise max_logprobs (-1: all)",
+            )
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         """Each text as the tokens that spell it at the beginning of a text and behind a space."""
@@ -287,6 +289,8 @@ def _expand(request_id: str, params: SamplingParams) -> list[tuple[str, Sampling
     for i in range(params.n):
         child = copy.copy(params)
         child.n = 1
+        if i:
+            child.prompt_logprobs = None  # they are the first one's
         child.seed = (params.seed + i + 2**63) % 2**64 - 2**63  # stays a signed 64-bit integer
         children.append((f"{i}_{request_id}", child))
     return children

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from vjax.engine.input_processor import ProcessedRequest
 from vjax.engine.recorder import MetricsRecorder, merged
-from vjax.messages import EngineOutput
+from vjax.messages import EngineOutput, SampledLogprobs
 from vjax.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from vjax.sampling_params import RequestOutputKind
 from vjax.text.detokenizer import make_detokenizer
@@ -19,13 +19,15 @@ from vjax.text.tokenizer import Tokenizer
 class _Prompt:
     """A user's request: one prompt and its completions."""
 
-    __slots__ = ("num_cached_tokens", "num_running", "processed", "sequences")
+    __slots__ = ("num_cached_tokens", "num_running", "processed", "prompt_logprobs", "sequences")
 
     def __init__(self, processed: ProcessedRequest, tokenizer: Tokenizer | None):
         self.processed = processed
         self.sequences = [_Sequence(self, i, tokenizer) for i in range(len(processed.requests))]
         self.num_running = len(self.sequences)
         self.num_cached_tokens: int | None = None
+        #: One per token, None for the first; None until they arrive, and if they were not asked for.
+        self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
 class _Sequence:
@@ -61,7 +63,8 @@ class _Sequence:
         self.cumulative_logprob = 0.0
         # Until it finishes, nothing has to happen but to collect tokens.
         is_final_only = params.output_kind is RequestOutputKind.FINAL_ONLY
-        self.quiet = is_final_only and not params.stop and self.logprobs is None
+        asks_logprobs = params.wants_logprobs or params.prompt_logprobs is not None
+        self.quiet = is_final_only and not params.stop and not asks_logprobs
 
 
 class OutputProcessor:
@@ -157,6 +160,10 @@ class OutputProcessor:
         prompt = sequence.prompt
         if prompt.num_cached_tokens is None or sequence.index == 0:
             prompt.num_cached_tokens = output.num_cached_tokens
+        if output.prompt_logprobs is not None:
+            ids = prompt.processed.prompt_token_ids[1:]
+            found = zip(ids, output.prompt_logprobs, strict=True)
+            prompt.prompt_logprobs = [None, *(self._entry(prompt, token_id, entry) for token_id, entry in found)]
         if sequence.logprobs is not None and output.new_logprobs is not None:
             self._add_logprobs(sequence, output)
         reason = output.finish_reason
@@ -168,18 +175,21 @@ class OutputProcessor:
 
     def _add_logprobs(self, sequence: _Sequence, output: EngineOutput) -> None:
         assert sequence.logprobs is not None and output.new_logprobs is not None
-        tokenizer = self._tokenizer if sequence.prompt.processed.params.detokenize else None
         for token_id, found in zip(output.new_token_ids, output.new_logprobs, strict=True):
-            entry = {token_id: Logprob(found.logprob, found.rank)}
-            for rank, (i, value) in enumerate(zip(found.top_ids, found.top_logprobs, strict=True), 1):
-                entry.setdefault(i, Logprob(value, rank))
-            for i, value in zip(found.named_ids, found.named_logprobs, strict=True):
-                entry.setdefault(i, Logprob(value))
-            if tokenizer is not None:
-                for i, logprob in entry.items():
-                    logprob.decoded_token = tokenizer.decode([i], skip_special_tokens=False)
-            sequence.logprobs.append(entry)
+            sequence.logprobs.append(self._entry(sequence.prompt, token_id, found))
             sequence.cumulative_logprob += found.logprob
+
+    def _entry(self, prompt: _Prompt, token_id: int, found: SampledLogprobs) -> dict[int, Logprob]:
+        """The token itself, the most probable ones, those that the request named."""
+        entry = {token_id: Logprob(found.logprob, found.rank)}
+        for rank, (i, value) in enumerate(zip(found.top_ids, found.top_logprobs, strict=True), 1):
+            entry.setdefault(i, Logprob(value, rank))
+        for i, value in zip(found.named_ids, found.named_logprobs, strict=True):
+            entry.setdefault(i, Logprob(value))
+        if self._tokenizer is not None and prompt.processed.params.detokenize:
+            for i, logprob in entry.items():
+                logprob.decoded_token = self._tokenizer.decode([i], skip_special_tokens=False)
+        return entry
 
     def _show(self, sequence: _Sequence, output: EngineOutput) -> RequestOutput | None:
         prompt = sequence.prompt
@@ -238,6 +248,7 @@ def _request_output(prompt: _Prompt, completions: list[CompletionOutput]) -> Req
         request_id=prompt.processed.request_id,
         prompt=prompt.processed.prompt,
         prompt_token_ids=prompt.processed.prompt_token_ids,
+        prompt_logprobs=prompt.prompt_logprobs,
         outputs=completions,
         finished=prompt.num_running == 0,
         metrics=_metrics(prompt),

@@ -17,7 +17,7 @@ from vjax.parallel.sharding import named_sharding
 from vjax.runner.buckets import Buckets, ForwardBucket
 from vjax.runner.packing import UpdateLayout
 from vjax.runner.rows import MAX_MASKED_IDS
-from vjax.runner.step import Step
+from vjax.runner.step import SCORED_TOKENS, Step
 from vjax.sample.sampler import Feature, Variant
 
 
@@ -36,8 +36,21 @@ class SampleBucket:
         return f"sample_{'_'.join((part.name or '').lower() for part in parts)}[{self.num_rows}]"
 
 
+@dataclass(frozen=True)
+class ScoreBucket:
+    """Shape of one executable that scores tokens of prompts: tokens of the forward that it looks at."""
+
+    num_tokens: int
+    #: Whether it returns the log probabilities of the whole vocabulary as well.
+    with_all: bool
+
+    @property
+    def name(self) -> str:
+        return f"score{'_all' if self.with_all else ''}[{self.num_tokens}]"
+
+
 #: A bucket, "write_rows", "write_masked_ids" or "write_processors".
-Key = ForwardBucket | SampleBucket | str
+Key = ForwardBucket | SampleBucket | ScoreBucket | str
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +83,7 @@ def feature_bucket(sizes: Sequence[int], num_rows: int, features: Feature) -> Sa
 
 def all_keys(buckets: Buckets) -> list[Key]:
     """Every program of an engine, those that take longest to compile first, but those that the first request with such
-    a feature brings: `feature_bucket`'s and "write_processors". Of sample programs of one size the greedy
+    a feature brings: `feature_bucket`'s, "write_processors", `ScoreBucket`s and forwards that keep hidden states. Of sample programs of one size the greedy
     one comes long before the others, which then find the head's product tuned."""
     samples = sample_buckets(buckets.sample)[::-1]
     greedy = [key for key in samples if key.variant == Variant.GREEDY]
@@ -117,6 +130,14 @@ def make_program(step: Step, key: Key, mesh: Mesh | None) -> Program:
             return step.sample(key.num_rows, key.variant, head, rows)
 
         return Program("sample", sample, (1,), (head_leaves, rows))
+    if isinstance(key, ScoreBucket):
+
+        def score(head, hidden, packed):
+            return step.score(key.with_all, head, hidden, packed)
+
+        hidden = placed(jax.ShapeDtypeStruct((key.num_tokens, model.arch.hidden_size), model.dtype), (None, None))
+        packed = placed(jax.ShapeDtypeStruct((2, SCORED_TOKENS), jnp.int32), (None, None))
+        return Program("score", score, (), (leaves(model.head_leaf_names), hidden, packed))
     if key == "write_processors":
         return Program(key, step.write_processors, (0,), (processors, buffer(step.processor_layout.size)))
     if key == "write_rows":

@@ -6,21 +6,22 @@ and gives back a handle that yields a `StepOutput` once the device is done.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import numpy as np
 
 from vjax.errors import EngineStepError
-from vjax.messages import RowInit, SchedulerOutput, StepOutput
+from vjax.messages import RowInit, SchedulerOutput, StepLogprobs, StepOutput
 from vjax.parallel.sharding import named_sharding
 from vjax.runner.executables import Executables
+from vjax.runner.buckets import ForwardBucket
 from vjax.runner.memory import allocate
 from vjax.runner.packing import UpdateLayout, has_processor_state
-from vjax.runner.programs import SampleBucket
+from vjax.runner.programs import SampleBucket, ScoreBucket
 from vjax.runner.rows import MAX_MASKED_IDS
-from vjax.runner.step import LogprobsLayout
+from vjax.runner.step import SCORED_TOKENS, LogprobsLayout
 from vjax.sample.sampler import GREEDY_TEMPERATURE, Feature, Variant
 
 _VARIANT_BITS = 2
@@ -41,6 +42,8 @@ class StepHandle:
     layout: LogprobsLayout | None = None
     #: f32 [R, vocab_size] on the device, when a request asked for the log probabilities of all ids.
     all_logprobs: Any = None
+    #: Of the prompt tokens that the step scores.
+    scores: list[Scores] = field(default_factory=list)
 
     def result(self) -> StepOutput:
         """Blocks until the step has run.
@@ -49,16 +52,32 @@ class StepHandle:
             EngineStepError: The device failed.
         """
         try:
+            scored = StepLogprobs.joined([scores.result() for scores in self.scores]) if self.scores else None
             if self.tokens is None:
                 self.done.block_until_ready()
-                return StepOutput(self.step_id, [])
+                return StepOutput(self.step_id, [], scored=scored)
             result = np.asarray(self.tokens)[: self.num_sampled]
             if self.layout is None:
-                return StepOutput(self.step_id, result.tolist())
+                return StepOutput(self.step_id, result.tolist(), scored=scored)
             every = None if self.all_logprobs is None else np.asarray(self.all_logprobs)[: self.num_sampled]
-            return StepOutput(self.step_id, *self.layout.split(result, every))
+            return StepOutput(self.step_id, *self.layout.split(result, every), scored)
         except jax.errors.JaxRuntimeError as e:
             raise EngineStepError(f"step {self.step_id} failed on the device: {e}") from e
+
+
+@dataclass(slots=True)
+class Scores:
+    """Dispatched log probabilities of prompt tokens."""
+
+    num_tokens: int
+    layout: LogprobsLayout
+    #: On the device, on their way to the host; see `Step.score`.
+    packed: Any
+    all_logprobs: Any = None
+
+    def result(self) -> StepLogprobs:
+        every = None if self.all_logprobs is None else np.asarray(self.all_logprobs)[: self.num_tokens]
+        return self.layout.split(np.asarray(self.packed)[: self.num_tokens], every)[1]
 
 
 class ModelRunner:
@@ -109,7 +128,9 @@ class ModelRunner:
         Raises:
             EngineStepError: The dispatch failed; the device state is lost and `reset` is due.
         """
-        bucket, forward = self.executables.forward_for(scheduled.num_tokens, len(scheduled.rows))
+        bucket, forward = self.executables.forward_for(
+            scheduled.num_tokens, len(scheduled.rows), keeps_hidden=bool(scheduled.scored_indices)
+        )
         layout = self._layouts[bucket]
         fits = layout.fits(scheduled)
         packed = layout.pack(scheduled, with_updates=fits)
@@ -119,7 +140,8 @@ class ModelRunner:
             sample = self.executables.sample_for(scheduled.num_sampled, variant, features)
         try:
             self._write_ahead(scheduled, fits)
-            self._kv, self._rows, done = forward(self._leaves, self._kv, self._rows, packed)
+            self._kv, self._rows, done, *hidden = forward(self._leaves, self._kv, self._rows, packed)
+            scores = self._score(scheduled, hidden[0]) if hidden else []
             tokens, all_logprobs = None, []
             if sample is not None:
                 state = (self._processor_state(),) if features else ()
@@ -129,7 +151,9 @@ class ModelRunner:
         except (jax.errors.JaxRuntimeError, RuntimeError) as e:
             raise EngineStepError(f"step {scheduled.step_id} could not be dispatched: {e}") from e
         layout = self.step.logprobs_layout if features & Feature.LOGPROBS else None
-        return StepHandle(scheduled.step_id, scheduled.num_sampled, tokens, done, layout, *all_logprobs)
+        handle = StepHandle(scheduled.step_id, scheduled.num_sampled, tokens, done, layout, *all_logprobs)
+        handle.scores = scores
+        return handle
 
     def shutdown(self) -> None:
         """Frees every device array. The pool itself goes back to the driver when the process
@@ -156,6 +180,22 @@ class ModelRunner:
             if has_processor_state(init):
                 buffer = self.step.processor_layout.pack(init)
                 self._processors = self.executables.update("write_processors")(self._processor_state(), buffer)
+
+    def _score(self, scheduled: SchedulerOutput, hidden: jax.Array) -> list[Scores]:
+        layout = self.step.logprobs_layout
+        with_all = not 0 <= scheduled.scored_num_top <= layout.num_top
+        program = self.executables.score_for(hidden.shape[0], with_all=with_all)
+        scores = []
+        for start in range(0, len(scheduled.scored_indices), SCORED_TOKENS):
+            part = slice(start, start + SCORED_TOKENS)
+            n = len(scheduled.scored_indices[part])
+            packed = np.zeros((2, SCORED_TOKENS), np.int32)
+            packed[0, :n], packed[1, :n] = scheduled.scored_indices[part], scheduled.scored_token_ids[part]
+            results = program(self._head, hidden, packed)
+            for result in results:
+                result.copy_to_host_async()
+            scores.append(Scores(n, layout, *results))
+        return scores
 
     def _track_rows(self, scheduled: SchedulerOutput) -> tuple[Variant, Feature]:
         """The least variant and the features that serve every sampling row of the step."""
@@ -187,6 +227,13 @@ class ModelRunner:
         elif key == "write_processors":
             buffer = np.zeros(self.step.processor_layout.size, np.int32)
             self._processors = compiled(self._processor_state(), buffer)
+        elif isinstance(key, ForwardBucket):
+            packed = self._layouts[replace(key, keeps_hidden=False)].pack(SchedulerOutput(step_id=-1))
+            self._kv, self._rows, *_ = compiled(self._leaves, self._kv, self._rows, packed)
+        elif isinstance(key, ScoreBucket):
+            arch = self.step.model.arch
+            hidden = np.zeros((key.num_tokens, arch.hidden_size), self.step.model.dtype)
+            compiled(self._head, hidden, np.zeros((2, SCORED_TOKENS), np.int32))
         elif isinstance(key, SampleBucket) and key.features:
             self._rows, *_ = compiled(self._head, self._rows, self._processor_state())
         else:

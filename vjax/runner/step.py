@@ -3,6 +3,7 @@
     forward(leaves, kv, rows, packed) -> (kv, rows, done)      bucketed by tokens
     sample(head_leaves, rows)         -> (rows, token_ids [R]) bucketed by rows and variant
     sample_with_features(head_leaves, rows, processors) -> (rows, packed result), for requests that ask for more
+    score(head_leaves, hidden, packed) -> packed result, log probabilities of a prompt
 
 `kv` and `rows` are donated: both functions update them in place. What the host alone knows arrives in `packed`; what
 the device alone knows (the last sampled token, how far a row has come) never leaves it before it is used.
@@ -25,11 +26,14 @@ from vjax.models.decoder import AttentionMetadata
 from vjax.models.functional import FunctionalModel
 from vjax.runner.buckets import ForwardBucket
 from vjax.runner.packing import HAS_ALLOWED_IDS, HAS_PROCESSOR_STATE, PackedLayout, UpdateLayout
-from vjax.runner.processor_state import ProcessorLayout, ProcessorState
+from vjax.runner.processor_state import MAX_LOGPROB_TOKEN_IDS, ProcessorLayout, ProcessorState
 from vjax.runner.rows import RowState, apply_updates, row_state_specs, sampling_column
 from vjax.sample import processors
 from vjax.sample.logprobs import TokenLogprobs, token_logprobs
 from vjax.sample.sampler import Feature, Variant, sample_tokens
+
+#: Prompt tokens that one call of `score` looks at.
+SCORED_TOKENS = 256
 
 #: One K and one V array per layer, each [num_blocks, kv_heads, block_size, head_dim].
 KVCache = tuple[tuple[jax.Array, jax.Array], ...]
@@ -118,7 +122,8 @@ class Step:
         """Computes the KV of every token of the flat batch and leaves in `rows.hidden` what the sampling rows need.
 
         Returns:
-            kv and rows, updated in place, and a tiny array that is ready when the step has run.
+            kv and rows, updated in place, and a tiny array that is ready when the step has run; if the bucket keeps
+            them, the hidden states [num_tokens, hidden] as well.
         """
         layout = self.layout(bucket)
         batch = layout.unpack(packed)
@@ -146,7 +151,8 @@ class Step:
             sampled_rows=sampled_rows,
             hidden=jax.lax.dynamic_update_slice(rows.hidden, hidden[last_token_index], (0, 0)),
         )
-        return kv, rows, batch.num_tokens + 0
+        done = batch.num_tokens + 0
+        return (kv, rows, done, hidden) if bucket.keeps_hidden else (kv, rows, done)
 
     def _metadata(self, bucket: ForwardBucket, batch, rows: RowState, seq_rows, start, kv_lens):
         """Positions, slots and the attention plan of the flat batch, and its token ids."""
@@ -210,14 +216,31 @@ class Step:
         rows, tokens, final = self._draw(Variant.FULL, rows, logits)
         if Feature.LOGPROBS not in features:
             return rows, tokens
-        origin, kind = self.geometry.logprobs_mode.split("_")
-        values = raw if origin == "raw" else final
-        if kind == "logprobs":
-            values = jax.nn.log_softmax(values, axis=-1)
+        values = self._logprob_values(raw if self.geometry.logprobs_mode.startswith("raw") else final)
         found = token_logprobs(values, tokens, self.logprobs_layout.num_top)
         named = jnp.take_along_axis(values, state.logprob_ids[row_ids], axis=1)
         result = self.logprobs_layout.join(tokens, found, named)
         return (rows, result, values) if Feature.ALL_LOGPROBS in features else (rows, result)
+
+    def score(self, with_all: bool, head_leaves: tuple, hidden: jax.Array, packed: jax.Array):
+        """Log probabilities of tokens of the prompt (logprobs_mode's raw or processed ones are the same here).
+
+        Args:
+            hidden: [num_tokens, hidden], from a forward that keeps them.
+            packed: i32 [2, SCORED_TOKENS], indices of the tokens before the scored ones in `hidden`, and their ids.
+
+        Returns:
+            A `LogprobsLayout` i32 [SCORED_TOKENS, width], and `with_all` f32 [SCORED_TOKENS, vocab_size].
+        """
+        index, token_ids = packed
+        values = self._logprob_values(self.model.logits(head_leaves, hidden[index]))
+        found = token_logprobs(values, token_ids, self.logprobs_layout.num_top)
+        named = jnp.zeros((SCORED_TOKENS, MAX_LOGPROB_TOKEN_IDS), jnp.float32)
+        result = self.logprobs_layout.join(token_ids, found, named)
+        return (result, values) if with_all else (result,)
+
+    def _logprob_values(self, logits: jax.Array) -> jax.Array:
+        return jax.nn.log_softmax(logits, axis=-1) if self.geometry.logprobs_mode.endswith("logprobs") else logits
 
     def _draw(self, variant: Variant, rows: RowState, logits: jax.Array):
         """Rows with the tokens written, the tokens, and the logits that they were drawn from."""
