@@ -13,5 +13,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # xdist would start the files of the fewest tests last, and those are the longest ones: compilations and notebooks.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False

@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "llm": {"engine", "text"},
     "models": {"layers"},
     "parallel": set(),
+    "parsers": set(),
     "plot": set(),
     "runner": {"models", "parallel", "sample"},
     "sample": set(),
@@ -38,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
 #: Packages that call kernels; the four modules ask pallas_kernels for an implementation, its runtime, and a plan.
 USE_KERNELS = {"layers", "sample", "quant", "lora"}
 PLAN_KERNELS = {"vjax.cli.collect_env", "vjax.engine.builder", "vjax.runner.exported", "vjax.runner.step"}
-NO_JAX = LEAVES | {"benchmarks", "cli", "kv", "plot", "scheduler", "text"}
+NO_JAX = LEAVES | {"benchmarks", "cli", "kv", "parsers", "plot", "scheduler", "text"}
 #: The only modules that read or set environment variables: the settings, and what JAX itself takes from there.
 #: Where torch may be imported, inside a function.
 COMPARE_WITH_TORCH = {"pallas_kernels.bench.attention"}

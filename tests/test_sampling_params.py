@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from vjax.errors import VjaxValidationError
-from vjax.sampling_params import RequestOutputKind, SamplingParams
+from vjax.sampling_params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
 
 
 def test_defaults_are_vllms():
@@ -74,6 +76,11 @@ def test_tiny_temperatures_are_raised():
         ({"bad_words": [""]}, ["bad_words=['']", "empty string"]),
         ({"bad_words": ["x"] * 129}, ["bad_words", "129 texts", "at most 128"]),
         ({"output_kind": "delta"}, ["output_kind='delta'", "RequestOutputKind.DELTA"]),
+        ({"stream_interval": 0}, ["stream_interval=0", "at least 1", "None or 1"]),
+        ({"stream_interval": 2.0}, ["stream_interval=2.0", "integer"]),
+        ({"skip_reading_prefix_cache": 1}, ["skip_reading_prefix_cache=1", "True, False or None"]),
+        ({"repetition_detection": 3}, ["repetition_detection=3", "RepetitionDetectionParams", "min_count"]),
+        ({"repetition_detection": {"max_pattern": 3}}, ["{'max_pattern': 3}", "max_pattern_size, min_pattern_size"]),
     ],
 )
 def test_bad_values_are_refused(fields, texts):
@@ -84,17 +91,43 @@ def test_bad_values_are_refused(fields, texts):
 
 
 @pytest.mark.parametrize(
+    ("fields", "texts"),
+    [
+        ({"max_pattern_size": -1}, ["max_pattern_size=-1", "at least 0"]),
+        ({"max_pattern_size": 3, "min_pattern_size": 4, "min_count": 2}, ["min_pattern_size=4", "max_pattern_size=3"]),
+        ({"min_pattern_size": 1}, ["min_pattern_size=1", "at most max_pattern_size=0"]),
+        ({"max_pattern_size": 3}, ["min_count=0", "at least 2"]),
+        ({"max_pattern_size": 3, "min_count": 1}, ["min_count=1", "at least 2", "max_pattern_size=0"]),
+        ({"max_pattern_size": 3, "min_count": 2.5}, ["min_count=2.5", "integer"]),
+    ],
+)
+def test_bad_repetition_detection(fields, texts):
+    for make in (RepetitionDetectionParams, lambda **f: SamplingParams(repetition_detection=f)):  # pyright: ignore
+        with pytest.raises(VjaxValidationError) as e:
+            make(**fields)
+        assert all(text in str(e.value) for text in texts), str(e.value)
+
+
+def test_repetition_detection_may_be_a_mapping():
+    detection = RepetitionDetectionParams(max_pattern_size=4, min_count=3)
+    fields: dict[str, Any] = {"max_pattern_size": np.int64(4), "min_count": 3}
+    assert SamplingParams(repetition_detection=fields).repetition_detection == detection  # pyright: ignore
+    assert detection.is_on and detection.min_num_tokens == 3
+    assert not RepetitionDetectionParams().is_on
+    p = SamplingParams(repetition_detection=detection, stream_interval=3, skip_reading_prefix_cache=True)
+    assert p.clone() == p and not p.reads_prefix_cache
+    assert SamplingParams().reads_prefix_cache and SamplingParams(skip_reading_prefix_cache=False).reads_prefix_cache
+
+
+@pytest.mark.parametrize(
     ("name", "value", "default"),
     [
         ("prompt_logprobs", 1, "None"),
         ("prompt_logprob_token_ids", [1], "None"),
         ("prompt_logprob_start", 0, "None"),
         ("flat_logprobs", True, "False"),
-        ("stream_interval", 2, "None"),
         ("structured_outputs", {"regex": "a"}, "None"),
-        ("skip_reading_prefix_cache", True, "None"),
         ("thinking_token_budget", 1, "None"),
-        ("repetition_detection", {"min_count": 2}, "None"),
         ("extra_args", {"a": 1}, "None"),
         ("watermarking", {}, "None"),
         ("routed_experts_prompt_start", 0, "None"),

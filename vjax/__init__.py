@@ -10,45 +10,68 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vjax.config.engine_args import EngineArgs
-    from vjax.errors import ConfigError, EngineStepError, ModelLoadError, OutOfMemoryError, VjaxValidationError
+    from vjax.config.engine_args import AsyncEngineArgs, EngineArgs
+    from vjax.engine.async_llm import AsyncLLM, AsyncLLMEngine
+    from vjax.errors import (
+        ConfigError,
+        EngineDeadError,
+        EngineStepError,
+        ModelLoadError,
+        OutOfMemoryError,
+        VjaxValidationError,
+    )
     from vjax.llm import LLM
     from vjax.models.registry import ModelRegistry
     from vjax.outputs import CompletionOutput, Logprob, RequestOutput
-    from vjax.sampling_params import RequestOutputKind, SamplingParams
+    from vjax.parsers.registry import reasoning_parser, tool_parser
+    from vjax.sampling_params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
 
 __version__ = "0.1.0"
 
 _MODULES = {
+    "AsyncEngineArgs": "vjax.config.engine_args",
+    "AsyncLLM": "vjax.engine.async_llm",
+    "AsyncLLMEngine": "vjax.engine.async_llm",
     "CompletionOutput": "vjax.outputs",
     "ConfigError": "vjax.errors",
     "EngineArgs": "vjax.config.engine_args",
+    "EngineDeadError": "vjax.errors",
     "EngineStepError": "vjax.errors",
     "Logprob": "vjax.outputs",
     "ModelLoadError": "vjax.errors",
     "ModelRegistry": "vjax.models.registry",
     "OutOfMemoryError": "vjax.errors",
+    "RepetitionDetectionParams": "vjax.sampling_params",
     "RequestOutput": "vjax.outputs",
     "RequestOutputKind": "vjax.sampling_params",
     "SamplingParams": "vjax.sampling_params",
     "VjaxValidationError": "vjax.errors",
+    "reasoning_parser": "vjax.parsers.registry",
+    "tool_parser": "vjax.parsers.registry",
 }
 
 __all__ = [
     "LLM",
+    "AsyncEngineArgs",
+    "AsyncLLM",
+    "AsyncLLMEngine",
     "CompletionOutput",
     "ConfigError",
     "EngineArgs",
+    "EngineDeadError",
     "EngineStepError",
     "Logprob",
     "ModelLoadError",
     "ModelRegistry",
     "OutOfMemoryError",
+    "RepetitionDetectionParams",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
     "VjaxValidationError",
     "__version__",
+    "reasoning_parser",
+    "tool_parser",
 ]
 
 

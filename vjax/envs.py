@@ -3,10 +3,14 @@
 | variable | meaning | default |
 |---|---|---|
 | VJAX_USE_V1 | 1: V1 engine, 0: V0 engine; an explicit `use_v1` wins | VLLM_USE_V1, then 1 |
+| VJAX_ENABLE_V1_MULTIPROCESSING | 1: the engine core in a process of its own, 0: in this one | see below |
 | VJAX_CACHE_DIR | folder for lowered and compiled programs | ~/.cache/vjax |
 | VJAX_COMPILE_CACHE | 0: do not keep lowered and compiled programs between processes | 1 |
 | VJAX_LOG_LEVEL | DEBUG, INFO, WARNING or ERROR | INFO |
 | VJAX_LOG_FORMAT | text, or json: every log record is one JSON object on a line of its own | text |
+
+Where VJAX_ENABLE_V1_MULTIPROCESSING is not set, VLLM_ENABLE_V1_MULTIPROCESSING counts; without either, an `AsyncLLM`
+has a process for its core and an `LLM` has not.
 """
 
 from __future__ import annotations
@@ -35,6 +39,15 @@ def use_v1() -> bool:
     return True
 
 
+def enable_multiprocessing(default: bool) -> bool:
+    """Whether an engine core gets a process of its own. Raises: ConfigError if a variable is set to something other
+    than 0 or 1."""
+    for name in ("VJAX_ENABLE_V1_MULTIPROCESSING", "VLLM_ENABLE_V1_MULTIPROCESSING"):
+        if os.environ.get(name, "").strip():
+            return _switch(name, default)
+    return default
+
+
 def cache_dir() -> Path:
     """Folder for what outlives the process. It need not exist."""
     folder = os.environ.get("VJAX_CACHE_DIR", "").strip()
@@ -53,11 +66,15 @@ def with_compile_cache(folder: str) -> dict[str, str]:
     return kept | {"VJAX_CACHE_DIR": folder, "VJAX_COMPILE_CACHE": "1"}
 
 
+def with_imports() -> dict[str, str]:
+    """This process's environment for a child that imports what this process imports."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(os.path.abspath(folder) for folder in sys.path)}
+
+
 def without_device() -> dict[str, str]:
     """This process's environment for a child that uses JAX on the CPU only, and imports what this process imports."""
-    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    kept = {name: value for name, value in with_imports().items() if name != "XLA_FLAGS"}
     return kept | {
-        "PYTHONPATH": os.pathsep.join(os.path.abspath(folder) for folder in sys.path),
         "JAX_PLATFORMS": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
         # JAX looks for its GPU plugin even then, and would complain that there is no GPU.

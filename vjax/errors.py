@@ -2,6 +2,7 @@
 
 `VjaxValidationError` and its subclasses (all `ValueError`): the caller passed something that cannot work; the text says
 what was got, what is allowed and what to do. `EngineStepError`: the device failed a step; the engine itself goes on.
+`EngineDeadError`: the engine is gone, with all of its requests.
 `NotImplementedError` is used as is, for a path that cannot serve a valid request while another one can.
 """
 
@@ -37,3 +38,7 @@ class OutOfMemoryError(VjaxValidationError):
 
 class EngineStepError(RuntimeError):
     """A step failed on the device. Only the requests of that step are lost."""
+
+
+class EngineDeadError(RuntimeError):
+    """The engine, or the process that it ran in, has ended; whoever waits for it gets this. Create a new engine."""

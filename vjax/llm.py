@@ -17,6 +17,7 @@ from vjax.engine.batch_args import (
     params_per_prompt,
     priority_per_prompt,
     prompt_list,
+    salt_per_prompt,
 )
 from vjax.engine.front import BaseLLMEngine
 from vjax.errors import VjaxValidationError
@@ -66,6 +67,7 @@ class LLM:
         *,
         use_tqdm: bool | Callable[..., Any] = True,
         priority: Sequence[int] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
         **others: Any,
     ) -> list[RequestOutput]:
         """Completions of `prompts`, in their order.
@@ -75,6 +77,8 @@ class LLM:
             sampling_params: One for all prompts or one per prompt; None takes the model's defaults.
             use_tqdm: Show progress on stderr; a callable is used in place of `tqdm.tqdm`.
             priority: One per prompt, lower first, with scheduling_policy="priority".
+            tokenization_kwargs: How prompts become token ids: "truncate_prompt_tokens" (at most so many, the last ones;
+                -1 is as many as the model takes), "truncation_side" ("left" or "right") and "add_special_tokens".
             others: vLLM's further keywords, such as lora_request: accepted while they ask for nothing.
 
         Raises:
@@ -86,7 +90,7 @@ class LLM:
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
         params = params_per_prompt(sampling_params, len(batch))
-        ids = self._add_all(batch, params, priority_per_prompt(priority, len(batch)))
+        ids = self._add_all(batch, params, priority_per_prompt(priority, len(batch)), tokenization_kwargs)
         return self._run(ids, use_tqdm)
 
     def chat(
@@ -96,39 +100,83 @@ class LLM:
         *,
         use_tqdm: bool | Callable[..., Any] = True,
         chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        tools: list[dict[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        priority: Sequence[int] | None = None,
+        cache_salt: str | Sequence[str | None] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
         **others: Any,
     ) -> list[RequestOutput]:
         """Answers to one conversation or a list of them.
 
+        What a model thinks and the calls that it writes are in the text of its answer; `vjax.reasoning_parser` and
+        `vjax.tool_parser` find them there.
+
         Args:
-            messages: [{"role": ..., "content": ...}, ...], or a list of such lists.
-            chat_template: Jinja template instead of the tokenizer's.
+            messages: [{"role": ..., "content": ...}, ...], or a list of such lists. Content is a text or a list of
+                {"type": "text", "text": ...}. An assistant's message may have tool_calls, whose arguments are a dict or
+                JSON text, and reasoning; one of role "tool" is the result of a call.
+            chat_template: Jinja template instead of the tokenizer's, or the name of one of the tokenizer's.
+            chat_template_content_format: Whether the template takes content as a "string" or as a list of parts
+                ("openai"); "auto" looks at the template.
+            add_generation_prompt: Begin an answer. continue_final_message: Go on with the last message instead; it
+                needs add_generation_prompt=False.
+            tools: What the model may call: {"type": "function", "function": {"name": ..., "parameters": {...}}}.
             chat_template_kwargs: Further variables of the template, such as enable_thinking.
-            The rest: as `generate`, and as Hugging Face's `apply_chat_template`.
+            priority, cache_salt: One per conversation, as `generate` has them; one cache_salt may serve all.
+            tokenization_kwargs: As `generate`; special tokens are the template's own.
+            The rest: as `generate`.
 
         Raises:
-            VjaxValidationError: As `generate`; a conversation is malformed, or the tokenizer has no chat template.
+            VjaxValidationError: As `generate`; a conversation is malformed (the text names the message's index), or the
+                tokenizer has no chat template.
         """
         check_other_arguments("chat", others)
-        tokenizer = self.get_tokenizer()
+        if not isinstance(chat_template_kwargs, (Mapping, type(None))):
+            raise VjaxValidationError(
+                f"chat_template_kwargs={chat_template_kwargs!r:.100} must be a dict of the template's variables.",
+                parameter="chat_template_kwargs",
+                value=chat_template_kwargs,
+            )
         options = {
             "chat_template": chat_template,
+            "chat_template_content_format": chat_template_content_format,
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
             "tools": tools,
             **(chat_template_kwargs or {}),
         }
         is_many = isinstance(messages, (list, tuple)) and messages and isinstance(messages[0], (list, tuple))
-        conversations: Sequence[Any] = messages if is_many else [messages]
-        prompts: list[Prompt] = [chat_prompt(tokenizer, c, **options) for c in conversations]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        prompts = self._chat_prompts(messages if is_many else [messages], options)
+        for prompt, salt in zip(prompts, salt_per_prompt(cache_salt, len(prompts)), strict=True):
+            prompt["cache_salt"] = salt
+        return self.generate(
+            prompts, sampling_params, use_tqdm=use_tqdm, priority=priority, tokenization_kwargs=tokenization_kwargs
+        )
+
+    def _chat_prompts(self, conversations: Sequence[Any], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """A prompt per conversation."""
+        tokenizer = self.get_tokenizer()
+        prompts: list[dict[str, Any]] = []
+        for conversation in conversations:
+            try:
+                prompts.append(chat_prompt(tokenizer, conversation, **options))
+            except VjaxValidationError as e:
+                if len(conversations) == 1:
+                    raise
+                text = f"conversations[{len(prompts)}]: {e}"
+                raise VjaxValidationError(text, parameter=e.parameter, value=e.value) from e
+        return prompts
 
     def _add_all(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], priority: Sequence[int]
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        priority: Sequence[int],
+        tokenization_kwargs: Mapping[str, Any] | None,
     ) -> list[str]:
         """Adds every prompt, or none."""
         ids: list[str] = []
@@ -139,7 +187,9 @@ class LLM:
                     p = p.clone()
                     p.output_kind = RequestOutputKind.FINAL_ONLY
                 request_id = next(i for i in map(str, self._request_ids) if not self.llm_engine.has_request(i))
-                self.llm_engine.add_request(request_id, prompt, p, arrival, priority=rank)
+                self.llm_engine.add_request(
+                    request_id, prompt, p, arrival, priority=rank, tokenization_kwargs=tokenization_kwargs
+                )
                 ids.append(request_id)
         except BaseException as e:
             self.llm_engine.abort_request(ids)

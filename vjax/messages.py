@@ -3,7 +3,8 @@
     front end --EngineRequest--> scheduler --SchedulerOutput--> runner
     front end <--EngineOutput--- scheduler <---StepOutput------ runner
 
-Scheduler and runner never see each other; these records are all they share. Plain Python, no jax.
+Scheduler and runner never see each other; these records are all they share. Plain Python, no jax. Requests and outputs
+may cross to another process: `vjax/engine/protocol.py` names what of them does.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 
 from vjax.outputs import RequestMetrics
@@ -38,6 +40,8 @@ class EngineRequest:
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     #: Where the scheduler notes what it alone sees: first admission, cached tokens, preemptions. None: nobody asks.
     metrics: RequestMetrics | None = None
+    #: EOS ids that ignore_eos makes ordinary tokens.
+    ignored_eos_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -50,7 +54,7 @@ class RowInit:
     sampling_params: SamplingParams
     #: Number of prompt tokens: the position from which min_tokens counts.
     num_prompt_tokens: int
-    #: Ids that min_tokens masks: EOS and stop_token_ids. Empty unless min_tokens > 0.
+    #: Ids that min_tokens masks: EOS (with ignore_eos too) and stop_token_ids. Empty unless min_tokens > 0.
     masked_token_ids: tuple[int, ...] = ()
     #: As in `EngineRequest`.
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
@@ -161,15 +165,14 @@ class SampledLogprobs:
     named_logprobs: list[float]
 
 
-@dataclass(slots=True)
-class EngineOutput:
+class EngineOutput(msgspec.Struct, array_like=True, gc=False):
     """New tokens of one request after one step."""
 
     request_id: str
     new_token_ids: list[int]
-    #: "stop" | "length" | "abort" | "error" | None while running.
+    #: "stop" | "length" | "repetition" | "abort" | "error" | None while running.
     finish_reason: str | None = None
-    #: The stop token id; None for EOS, length and abort.
+    #: The stop token id, or "repetition_detected"; None for EOS, length and abort.
     stop_reason: int | str | None = None
     #: Prompt tokens that the prefix cache served at first admission.
     num_cached_tokens: int = 0

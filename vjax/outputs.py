@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-FINISH_REASONS = ("stop", "length", "abort", "error")
+FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
 
 
 @dataclass(slots=True)
@@ -124,7 +124,8 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     #: One of FINISH_REASONS, None while the completion goes on.
     finish_reason: str | None = None
-    #: The stop string or stop token id that matched; None for EOS, length, abort and error.
+    #: The stop string or stop token id that matched, "repetition_detected" for repetition; None for EOS, length, abort
+    #: and error.
     stop_reason: int | str | None = None
     lora_request: Any = None
     #: Why the completion failed, when finish_reason is "error".

@@ -41,6 +41,10 @@ class Request:
     max_num_tokens: int = 0
     #: EOS and stop_token_ids: the tokens that end it.
     stop_ids: frozenset[int] = frozenset()
+    #: EOS ids that do not end it, since ignore_eos is set; min_tokens masks them all the same.
+    ignored_eos_token_ids: tuple[int, ...] = ()
+    #: From this length on every new token may end it: `max_num_tokens`, or less with repetition detection.
+    check_num_tokens: int = 0
     #: Position in the order of arrival: breaks ties of priority and arrival time.
     sequence_number: int = 0
 
@@ -75,12 +79,18 @@ class Request:
 
     @classmethod
     def from_engine_request(cls, r: EngineRequest, max_model_len: int) -> Request:
-        assert r.sampling_params.max_tokens is not None
+        params, num_prompt_tokens = r.sampling_params, len(r.prompt_token_ids)
+        assert params.max_tokens is not None
         eos = () if r.eos_token_id is None else (r.eos_token_id,)
+        max_num_tokens = min(num_prompt_tokens + params.max_tokens, max_model_len)
+        check_num_tokens, repetition = max_num_tokens, params.repetition_detection
+        if repetition is not None and repetition.is_on:
+            first = num_prompt_tokens + max(repetition.min_num_tokens, params.min_tokens)
+            check_num_tokens = min(first, max_num_tokens)
         return cls(
             request_id=r.request_id,
-            sampling_params=r.sampling_params,
-            num_prompt_tokens=len(r.prompt_token_ids),
+            sampling_params=params,
+            num_prompt_tokens=num_prompt_tokens,
             token_ids=list(r.prompt_token_ids),
             eos_token_id=r.eos_token_id,
             arrival_time=r.arrival_time,
@@ -90,9 +100,15 @@ class Request:
             bad_words_token_ids=r.bad_words_token_ids,
             wants_logprobs=r.sampling_params.wants_logprobs,
             prompt_logprobs=None if r.sampling_params.prompt_logprobs is None else [],
-            max_num_tokens=min(len(r.prompt_token_ids) + r.sampling_params.max_tokens, max_model_len),
-            stop_ids=r.sampling_params.all_stop_token_ids.union(eos),
+            max_num_tokens=max_num_tokens,
+            stop_ids=params.all_stop_token_ids.union(eos),
+            ignored_eos_token_ids=r.ignored_eos_token_ids,
+            check_num_tokens=check_num_tokens,
         )
+
+    @property
+    def reads_prefix_cache(self) -> bool:
+        return self.sampling_params.reads_prefix_cache
 
     @property
     def num_tokens(self) -> int:

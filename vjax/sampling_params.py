@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 from vjax.errors import VjaxValidationError
@@ -37,6 +38,45 @@ class RequestOutputKind(enum.Enum):
     DELTA = 1
     #: One output, when the request is finished.
     FINAL_ONLY = 2
+
+
+@dataclass(frozen=True, slots=True)
+class RepetitionDetectionParams:
+    """Ends a completion that goes round in circles: finish_reason "repetition", stop_reason "repetition_detected".
+
+    It ends when the latest tokens are one pattern, `min_pattern_size` to `max_pattern_size` tokens long, `min_count`
+    times in a row. Only generated tokens count, and none before `min_tokens` of them.
+
+    Raises:
+        VjaxValidationError: A number is out of its domain.
+    """
+
+    #: Tokens of the longest pattern that is looked for; 0 switches the detection off.
+    max_pattern_size: int = 0
+    #: Tokens of the shortest one, at most `max_pattern_size`; 0 means 1.
+    min_pattern_size: int = 0
+    #: Repetitions that end the completion; at least 2, where `max_pattern_size` is not 0.
+    min_count: int = 0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            number = _int(self, field.name, 0, None, "see RepetitionDetectionParams")
+            object.__setattr__(self, field.name, number)
+        if self.min_pattern_size > self.max_pattern_size:
+            allowed = f"must be at most max_pattern_size={self.max_pattern_size}; set both to 0 to switch it off"
+            raise _error("min_pattern_size", self.min_pattern_size, allowed)
+        if self.max_pattern_size and self.min_count < 2:
+            allowed = "must be at least 2, since a pattern has to repeat; max_pattern_size=0 switches the detection off"
+            raise _error("min_count", self.min_count, allowed)
+
+    @property
+    def is_on(self) -> bool:
+        return self.max_pattern_size > 0
+
+    @property
+    def min_num_tokens(self) -> int:
+        """Fewest tokens that can end a completion: the shortest pattern, `min_count` times."""
+        return max(self.min_pattern_size, 1) * self.min_count
 
 
 @dataclass(slots=True, repr=False)
@@ -94,6 +134,8 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    #: At least 1: tokens between two streamed outputs, after the first, which comes at once. None, or less than the
+    #: engine's `stream_interval`: the engine's.
     stream_interval: int | None = None
     structured_outputs: Any = None
     #: Token id -> what is added to its logit, clamped to [-100, 100]; at most 1024.
@@ -102,9 +144,11 @@ class SamplingParams:
     allowed_token_ids: list[int] | None = None
     #: At most 128 texts that the output must not contain, each with and without a space before it.
     bad_words: list[str] | None = None
+    #: Compute the whole prompt, also what the prefix cache has; its blocks are cached for others all the same.
     skip_reading_prefix_cache: bool | None = None
     thinking_token_budget: int | None = None
-    repetition_detection: Any = None
+    #: When to end a completion that repeats itself; a mapping of the fields is accepted too.
+    repetition_detection: RepetitionDetectionParams | None = None
     extra_args: dict[str, Any] | None = None
     watermarking: Any = None
     routed_experts_prompt_start: int | None = None
@@ -118,6 +162,7 @@ class SamplingParams:
         self._check_logprobs()
         self._check_lengths()
         self._check_text_options()
+        self._check_host_options()
         if self.is_greedy:
             self._make_greedy()
 
@@ -154,6 +199,13 @@ class SamplingParams:
         """`stop_token_ids` as a set, built on each call."""
         return frozenset(self.stop_token_ids or ())
 
+    @property
+    def reads_prefix_cache(self) -> bool:
+        """Whether cached blocks are used; by default not with `prompt_logprobs`, which need the whole prompt."""
+        if self.skip_reading_prefix_cache is None:
+            return self.prompt_logprobs is None
+        return not self.skip_reading_prefix_cache
+
     def clone(self) -> SamplingParams:
         """A copy that shares no list with the original. Values assigned after construction are validated here."""
         return dataclasses.replace(self)
@@ -189,7 +241,7 @@ class SamplingParams:
         self.top_k = max(_int(self, "top_k", -1, None, "use 0 to switch it off"), 0)
         self.min_p = _float(self, "min_p", 0.0, 1.0, "use 0 to switch it off")
         if self.seed is not None:
-            seed = _int(self, "seed", -(2**63), 2**63 - 1, "use None to have one drawn")
+            seed = _int(self, "seed", -(2**63), 2**63 - 1, "use None (null in YAML) to have one drawn")
             self.seed = None if seed == -1 else seed
 
     def _check_processors(self) -> None:
@@ -223,7 +275,7 @@ class SamplingParams:
 
     def _check_lengths(self) -> None:
         if self.max_tokens is not None:
-            hint = "use None for as many tokens as fit in the model's context"
+            hint = "use None (null in YAML) for as many tokens as fit in the model's context"
             self.max_tokens = _int(self, "max_tokens", 1, None, hint)
         self.min_tokens = _int(self, "min_tokens", 0, None, "use 0 for no lower limit")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -244,6 +296,13 @@ class SamplingParams:
             raise _error("stop", self.stop, allowed)
         self.stop_token_ids = _token_ids("stop_token_ids", self.stop_token_ids)
 
+    def _check_host_options(self) -> None:
+        if self.stream_interval is not None:
+            self.stream_interval = _int(self, "stream_interval", 1, None, "use None or 1 for an output per token")
+        if not isinstance(self.skip_reading_prefix_cache, (bool, NoneType)):
+            raise _error("skip_reading_prefix_cache", self.skip_reading_prefix_cache, "must be True, False or None")
+        self.repetition_detection = _repetition_detection(self.repetition_detection)
+
     def _make_greedy(self) -> None:
         if self.n > 1:
             allowed = f"must be 1 with temperature={self.temperature}, where all completions would be the same; "
@@ -263,13 +322,14 @@ _SUPPORTED = {"n", "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens
 _SUPPORTED |= {"stop", "stop_token_ids", "output_kind", *_BOOLEANS}
 _SUPPORTED |= {"presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids"}
 _SUPPORTED |= {"bad_words", "logprobs", "prompt_logprobs", "logprob_token_ids"}
+_SUPPORTED |= {"stream_interval", "skip_reading_prefix_cache", "repetition_detection"}
 _UNSUPPORTED = {f.name: f.default for f in dataclasses.fields(SamplingParams) if f.name not in _SUPPORTED}
 #: Defaults as they are after construction.
 _REPR_DEFAULTS = [
     (f.name, [] if f.name in ("stop", "stop_token_ids") else f.default) for f in dataclasses.fields(SamplingParams)
 ]
 #: Fields where an empty value asks for nothing.
-_EMPTY_IS_DEFAULT = {"extra_args", "skip_reading_prefix_cache"}
+_EMPTY_IS_DEFAULT = {"extra_args"}
 
 
 def _error(name: str, value: object, what: str) -> VjaxValidationError:
@@ -282,7 +342,7 @@ def _range(low: float | None, high: float | None, low_open: bool = False) -> str
     return f"in {'(' if low_open else '['}{low}, {high}]"
 
 
-def _int(params: SamplingParams, name: str, low: int, high: int | None, hint: str) -> int:
+def _int(params: Any, name: str, low: int, high: int | None, hint: str) -> int:
     value = getattr(params, name)
     number = None if isinstance(value, bool) else _as_index(value)
     if number is None or number < low or (high is not None and number > high):
@@ -354,3 +414,13 @@ def _token_ids(name: str, value: Any) -> list[int]:
             raise _error(name, value, f"must be a list of token ids (integers at least 0); {item!r} is not one")
         ids.append(number)
     return list(dict.fromkeys(ids))
+
+
+def _repetition_detection(value: Any) -> RepetitionDetectionParams | None:
+    if value is None or isinstance(value, RepetitionDetectionParams):
+        return value
+    names = [field.name for field in dataclasses.fields(RepetitionDetectionParams)]
+    if not isinstance(value, Mapping) or not set(value) <= set(names):
+        allowed = f"must be a RepetitionDetectionParams, or a mapping with {', '.join(names)}"
+        raise _error("repetition_detection", value, allowed)
+    return RepetitionDetectionParams(**value)

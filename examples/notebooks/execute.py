@@ -68,11 +68,12 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"notebooks; default: {' '.join(NAMES)}")
     parser.add_argument("--output-dir", type=Path, default=HERE, help="where the executed ones go; default: in place")
     args = parser.parse_args()
-    unknown = sorted(set(args.names) - set(NAMES))
+    names = [name.removesuffix(".ipynb") for name in map(os.path.basename, args.names)]
+    unknown = sorted(set(names) - set(NAMES))
     if unknown:
         parser.error(f"no notebook {', '.join(unknown)}; there are {', '.join(NAMES)}")
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    for name in args.names or NAMES:
+    for name in names or NAMES:
         start = time.perf_counter()
         execute(HERE / f"{name}.ipynb", args.output_dir / f"{name}.ipynb")
         print(f"{name}: {time.perf_counter() - start:.1f} s", file=sys.stderr)

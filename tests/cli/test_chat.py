@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import sys
 
@@ -43,6 +44,16 @@ def chat(monkeypatch, capsys):
         return code, out, err
 
     return run
+
+
+def test_a_template_of_ones_own(chat, answers, tmp_path):
+    """It says "Hi" and then "Be brief." as the model's own template does, whatever the message."""
+    with LLM("vjax-tiny", **LIMITS) as llm:
+        messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+        text = llm.get_tokenizer().apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    file = tmp_path / "own.jinja"
+    file.write_text(f"{{{{ {json.dumps(text)} }}}}")
+    assert chat(["Bye"], "--chat-template", str(file))[:2] == (0, f"{answers[0]}\n")
 
 
 def test_answers_follow_from_what_was_said(chat, answers):

@@ -16,6 +16,8 @@ def clean_environment(monkeypatch):
     for name in (
         "VJAX_USE_V1",
         "VLLM_USE_V1",
+        "VJAX_ENABLE_V1_MULTIPROCESSING",
+        "VLLM_ENABLE_V1_MULTIPROCESSING",
         "VJAX_CACHE_DIR",
         "VJAX_COMPILE_CACHE",
         "VJAX_LOG_LEVEL",
@@ -33,6 +35,17 @@ def test_use_v1_prefers_its_own_variable(monkeypatch, vjax, vllm, expected):
         if value is not None:
             monkeypatch.setenv(name, value)
     assert envs.use_v1() is expected
+
+
+@pytest.mark.parametrize(
+    ("vjax", "vllm", "default", "expected"),
+    [(None, None, True, True), (None, None, False, False), ("0", "1", True, False), (None, "1", False, True)],
+)
+def test_enable_multiprocessing(monkeypatch, vjax, vllm, default, expected):
+    for name, value in (("VJAX_ENABLE_V1_MULTIPROCESSING", vjax), ("VLLM_ENABLE_V1_MULTIPROCESSING", vllm)):
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert envs.enable_multiprocessing(default) is expected
 
 
 def test_bad_switch_names_variable_and_values(monkeypatch):

@@ -14,7 +14,7 @@ BASE = "{engine: {max_num_seqs: 8, gpu_memory_utilization: 1e-1}, sampling: {sto
 RUN = """
 extends: base.yaml
 engine: {model: some/model, override_generation_config: {top_k: 3}, enforce_eager: true}
-sampling: {temperature: 0.5, stop_token_ids: [3]}
+sampling: {temperature: 0.5, stop_token_ids: [3], repetition_detection: {max_pattern_size: 4, min_count: 3}}
 prompts:
   - "two\\n  lines: # \\u2028 \\U0001F600"
   - {prompt: "'quoted'", cache_salt: '12'}

@@ -207,7 +207,12 @@ def test_conversations(llm, still_works):
         (
             {"kv_cache_memory_bytes": 1 << 19},
             OutOfMemoryError,
-            ["kv_cache_memory_bytes=524288", "max_model_len=128", "needs 9", "raise kv_cache_memory_bytes"],
+            [
+                "kv_cache_memory_bytes=524288",
+                "max_model_len=128",
+                "needs 9",
+                "raise kv_cache_memory_bytes to at least 1179648",
+            ],
         ),
         ({"gpu_memory_utilization": 1.5}, ConfigError, ["gpu_memory_utilization=1.5", "(0, 1]"]),
         ({"max_seq_len": 64}, ConfigError, ["unknown argument 'max_seq_len'", "did you mean max_model_len?"]),
@@ -361,6 +366,11 @@ def test_config_json(model, config, parts):
             ["has no weights", "pytorch_model.bin", "convert"],
         ),
         ({"model.safetensors": b""}, ModelLoadError, ["model.safetensors is no intact", "(0 bytes)", "download"]),
+        (
+            {"model.safetensors": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"},
+            ModelLoadError,
+            ["model.safetensors is no intact", "Git LFS pointer", "git lfs pull"],
+        ),
         ({"tokenizer.json": None}, ConfigError, ["holds no tokenizer", "skip_tokenizer_init=True"]),
         ({"tokenizer.json": b"{}"}, ConfigError, ["tokenizer.json cannot be read"]),
         ({"tokenizer_config.json": b"{"}, ConfigError, ["tokenizer_config.json is not valid JSON"]),

@@ -94,6 +94,7 @@ def test_prompt_forms(tokenizer):
         ({"prompt": "x", "cache_salt": ""}, "cache_salt='' must be a non-empty string"),
         ({"prompt": "x", "cache_salt": 3}, "cache_salt=3 must be"),
         ({"prompt": "x", "multi_modal_data": {}}, "has the key 'multi_modal_data'; only prompt"),
+        ({"role": "user", "content": "x"}, "cache_salt are supported; LLM.chat takes messages"),
         ([1] * 64, r"length 64\).*maximum model length of 64.*max_model_len"),
         ("x" * 100, r"length 100\).*maximum model length of 64"),
     ],
@@ -101,6 +102,37 @@ def test_prompt_forms(tokenizer):
 def test_bad_prompts(tokenizer, prompt, text):
     with pytest.raises(VjaxValidationError, match=text):
         make(tokenizer).process("r", prompt, SamplingParams())
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "text"),
+    [
+        ({"truncate_prompt_tokens": 0}, r"truncate_prompt_tokens=0 must be an integer in \[1, 64\].*or -1"),
+        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens=-2 must be"),
+        ({"truncate_prompt_tokens": 65}, "truncate_prompt_tokens=65 must be"),
+        ({"truncate_prompt_tokens": True}, "truncate_prompt_tokens=True must be"),
+        ({"truncate_prompt_tokens": 2.0}, r"truncate_prompt_tokens=2.0 must be"),
+        ({"truncation_side": "top"}, "truncation_side='top' must be \"left\""),
+        ({"add_special_tokens": None}, "add_special_tokens=None must be True or False"),
+        ({"max_length": 3}, "has the key 'max_length'; only truncate_prompt_tokens, truncation_side"),
+        (3, "tokenization_kwargs=3 must be a mapping"),
+    ],
+)
+def test_bad_tokenization(tokenizer, kwargs, text):
+    with pytest.raises(VjaxValidationError, match=text):
+        make(tokenizer).process("r", "abc", SamplingParams(), tokenization_kwargs=kwargs)
+
+
+def test_tokens_are_truncated_without_a_tokenizer():
+    for kwargs, ids in [
+        (None, [1, 2, 3]),
+        ({}, [1, 2, 3]),
+        ({"truncate_prompt_tokens": None, "truncation_side": "left"}, [1, 2, 3]),
+        ({"truncate_prompt_tokens": np.int64(2)}, [2, 3]),
+        ({"truncate_prompt_tokens": 2, "truncation_side": "right"}, [1, 2]),
+    ]:
+        processed = make(None).process("r", [1, 2, 3], SamplingParams(), tokenization_kwargs=kwargs)
+        assert processed.prompt_token_ids == ids == processed.requests[0].prompt_token_ids
 
 
 def test_longest_prompt_has_room_for_one_token(tokenizer):
@@ -133,6 +165,7 @@ def test_eos(tokenizer):
     assert (request.eos_token_id, request.sampling_params.stop_token_ids) == (eos, [9])
     request = inputs.process("r", [1], SamplingParams(ignore_eos=True, stop_token_ids=[8])).requests[0]
     assert (request.eos_token_id, request.sampling_params.stop_token_ids) == (None, [8])
+    assert request.ignored_eos_token_ids == (eos, 9)
 
 
 def test_seeds(tokenizer):
@@ -176,7 +209,8 @@ def test_min_tokens_masks_at_most_64_ids(tokenizer):
     too_many = list(range(64))
     with pytest.raises(VjaxValidationError, match=r"at most 64 EOS and stop token ids, and the request has 65"):
         inputs.process("r", [1], SamplingParams(min_tokens=1, stop_token_ids=too_many))
-    inputs.process("r", [1], SamplingParams(min_tokens=1, stop_token_ids=too_many, ignore_eos=True))
+    with pytest.raises(VjaxValidationError, match="the request has 65"):  # EOS is masked, though it is ignored later
+        inputs.process("r", [1], SamplingParams(min_tokens=1, stop_token_ids=too_many, ignore_eos=True))
     inputs.process("r", [1], SamplingParams(stop_token_ids=too_many))
 
 

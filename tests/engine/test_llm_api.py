@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import time
 
 import numpy as np
 import pytest
 
-from vjax import LLM, ConfigError, RequestOutputKind, SamplingParams, VjaxValidationError
+from vjax import (
+    LLM,
+    ConfigError,
+    RepetitionDetectionParams,
+    RequestOutputKind,
+    SamplingParams,
+    VjaxValidationError,
+    tool_parser,
+)
 from vjax.metrics import Counter, Gauge, Histogram
 from vjax.text.chat import render_chat
 
@@ -132,12 +141,41 @@ def test_defaults_are_the_models(llm):
 
 
 def test_further_keywords(llm, base):
-    kwargs = {"lora_request": None, "tokenization_kwargs": {}}
+    kwargs = {"lora_request": None, "mm_processor_kwargs": {}}
     assert run(llm, TEXT, **kwargs)[0].outputs[0].token_ids == base.token_ids
     with pytest.raises(VjaxValidationError, match=r"lora_request=3 is not supported by LLM\.generate"):
         run(llm, TEXT, lora_request=3)
     with pytest.raises(TypeError, match="unexpected keyword argument 'sampling'"):
         run(llm, TEXT, sampling=3)
+
+
+def test_long_prompts_are_truncated(llm):
+    tokenizer, limit = llm.get_tokenizer(), SMALL["max_model_len"]
+    long_ids = [100 + i % 1000 for i in range(limit + 50)]
+    text = TEXT * 3
+    ids = tokenizer.encode(text)
+
+    def prompt_ids(prompts, **tokenization_kwargs):
+        outputs = run(llm, prompts, greedy(max_tokens=1), tokenization_kwargs=tokenization_kwargs)
+        return [o.prompt_token_ids for o in outputs]
+
+    assert prompt_ids([text, ids, {"prompt": "x", "prompt_token_ids": ids}], truncate_prompt_tokens=7) == [ids[-7:]] * 3
+    assert prompt_ids([text, ids], truncate_prompt_tokens=7, truncation_side="right") == [ids[:7]] * 2
+    assert prompt_ids([text, ids], truncate_prompt_tokens=limit) == [ids, ids]
+    for number in (-1, limit):
+        assert prompt_ids(long_ids, truncate_prompt_tokens=number) == [long_ids[1 - limit :]]
+    with pytest.raises(VjaxValidationError, match="maximum model length of 256"):
+        run(llm, long_ids)
+    (output,) = run(llm, text, tokenization_kwargs={"truncate_prompt_tokens": 9})
+    assert output.prompt == text and output.outputs == run(llm, ids[-9:])[0].outputs
+    (chat,) = llm.chat(MESSAGES, GREEDY, use_tqdm=False, tokenization_kwargs={"truncate_prompt_tokens": 8})
+    assert chat.prompt_token_ids == tokenizer.encode(chat.prompt, add_special_tokens=False)[-8:]
+    with pytest.raises(VjaxValidationError, match=r"prompts\[0\]: truncate_prompt_tokens=257 must be"):
+        prompt_ids([text, ids], truncate_prompt_tokens=257)
+    engine = llm.llm_engine
+    engine.add_request("r", long_ids, greedy(max_tokens=1), tokenization_kwargs={"truncate_prompt_tokens": -1})
+    (last,) = [o for _ in range(5) for o in engine.step()]
+    assert last.prompt_token_ids == long_ids[1 - limit :]
 
 
 def test_arguments_that_matter_are_refused_by_name():
@@ -202,6 +240,30 @@ def test_reset_with_running_requests(llm, base):
     assert llm.reset_prefix_cache(reset_running_requests=True) is True
     finished = [o for _ in range(40) for o in engine.step()]
     assert [o.outputs[0].token_ids for o in finished] == [base.token_ids]
+
+
+def test_the_prefix_cache_need_not_be_read(llm):
+    ids = list(range(600, 640))
+    unread, params = greedy(skip_reading_prefix_cache=True), greedy()
+    first, second, third = (run(llm, ids, p)[0] for p in (unread, unread, params))
+    assert [o.num_cached_tokens for o in (first, second, third)] == [0, 0, 32]
+    assert first.outputs == second.outputs == third.outputs
+    pair = run(llm, [ids, ids], [params, unread])
+    assert [o.num_cached_tokens for o in pair] == [32, 0] and pair[0].outputs == pair[1].outputs
+
+
+def test_completions_of_one_prompt_share_its_blocks(llm):
+    def read() -> list[float]:
+        values = {m.name: m.value for m in llm.get_metrics() if isinstance(m, Counter)}
+        return [values[f"vjax:prefix_cache_{name}"] for name in ("queries", "hits")]
+
+    queries, hits = read()
+    for ids, params in [(list(range(700, 733)), drawn(n=4)), (list(range(800, 1000)), drawn(n=3, max_tokens=2))]:
+        (output,) = run(llm, ids, params)
+        assert output.num_cached_tokens == 0
+        queries += params.n * len(ids)
+        hits += (params.n - 1) * ((len(ids) - 1) // BLOCK * BLOCK)
+        assert read() == [queries, hits]
 
 
 # ---- sampling -----------------------------------------------------------------------------------------------------
@@ -326,6 +388,23 @@ def test_stop_strings_that_are_special_tokens(llm):
     assert unseen.outputs[0].finish_reason == "length"
 
 
+def test_repetition(llm):
+    loop = one(llm, TEXT, greedy(max_tokens=100, ignore_eos=True)).token_ids
+    count = 2
+    ends = [
+        i for i in range(2, 101) if any(loop[i - n : i] == loop[i - 2 * n : i - n] for n in (1, 2, 3) if i >= 2 * n)
+    ]
+    assert ends and ends[0] < 100, "the model does not repeat itself"
+    params = greedy(max_tokens=100, ignore_eos=True, repetition_detection=RepetitionDetectionParams(3, 1, count))
+    ended = one(llm, TEXT, params)
+    assert (ended.finish_reason, ended.stop_reason) == ("repetition", "repetition_detected")
+    assert ended.token_ids == loop[: ends[0]] and ended.text == llm.get_tokenizer().decode(ended.token_ids)
+    later = next(i for i in ends if i > ends[0])
+    assert one(llm, TEXT, dataclasses.replace(params, min_tokens=later)).token_ids == loop[:later]
+    (series,) = [m for m in llm.get_metrics() if m.labels.get("finished_reason") == "repetition"]
+    assert isinstance(series, Counter) and series.value == 2
+
+
 def test_without_detokenizing(llm, base):
     output = one(llm, TEXT, greedy(detokenize=False))
     assert (output.text, output.token_ids) == ("", base.token_ids)
@@ -365,6 +444,41 @@ def test_chat_options(llm):
     assert prompt([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], chat_template_content_format="auto")
     with pytest.raises(VjaxValidationError, match="chat_template_kwargs has the name 'messages'"):
         prompt(chat_template_kwargs={"messages": []})
+    with pytest.raises(VjaxValidationError, match=r"chat_template_kwargs=.* must be a dict"):
+        prompt(chat_template_kwargs=[1])
+    with pytest.raises(VjaxValidationError, match="set one of them to False"):
+        prompt(begun, continue_final_message=True)
+    with pytest.raises(VjaxValidationError, match=r"conversations\[1\]: messages\[0\] needs a \"role\""):
+        prompt([MESSAGES, [{"content": "x"}]])
+
+
+def test_tools_of_a_chat(llm):
+    """Tools reach the template; a call in a text is found again."""
+    called = '<tool_call>{"name": "stop", "arguments": {"now": true}}</tool_call>'
+    template = "{% for t in tools %}{{ t.function.name }} {% endfor %}{{ messages[0].content }}"
+    tools = [{"type": "function", "function": {"name": "stop", "parameters": {}}}]
+    messages = [{"role": "user", "content": called}]
+    (answer,) = llm.chat(messages, greedy(max_tokens=1), tools=tools, chat_template=template, use_tqdm=False)
+    assert answer.prompt == f"stop {called}"
+    _, (call,) = tool_parser("hermes", tools).extract_tool_calls(answer.prompt)
+    assert call.function.name == "stop" and json.loads(call.function.arguments) == {"now": True}
+
+
+def test_salts_and_priorities_of_a_chat(llm):
+    def cached(salts, **options) -> list[int]:
+        answers = llm.chat([MESSAGES] * len(salts), GREEDY, cache_salt=salts, use_tqdm=False, **options)
+        return [answer.num_cached_tokens for answer in answers]
+
+    assert cached(["a"]) == [0]
+    assert cached(["b"]) == [0]
+    shared = cached(["a"])
+    assert shared[0] >= BLOCK
+    assert cached(["c", "a", None], priority=[0, 0, 0]) == [0, *shared, 0]
+    for wrong, text in ((["a", "b"], "2 entries for 1 prompts"), (3, "is a int"), ("", "non-empty string")):
+        with pytest.raises(VjaxValidationError, match=text):
+            llm.chat(MESSAGES, GREEDY, cache_salt=wrong, use_tqdm=False)
+    with pytest.raises(VjaxValidationError, match="priority has 1 entries for 2 prompts"):
+        llm.chat([MESSAGES, MESSAGES], GREEDY, priority=[1], use_tqdm=False)
 
 
 def test_tokenizer(llm):
@@ -473,6 +587,21 @@ def test_streams_add_up_to_the_whole(llm, base):
     assert [i for d in deltas for i in d.token_ids] == want.token_ids
 
 
+@pytest.mark.parametrize("interval", [1, 2, 5, 100])
+def test_stream_intervals(llm, base, interval):
+    kinds = [RequestOutputKind.DELTA, RequestOutputKind.CUMULATIVE]
+    requests = {
+        kind.name: (TEXT, greedy(stream_interval=interval, output_kind=kind, stop=["never there"])) for kind in kinds
+    }
+    outputs = stream(llm.llm_engine, requests)
+    lengths = [*range(1, 12, interval), 12]
+    deltas, cumulative = ([o.outputs[0] for o in outputs[kind.name]] for kind in kinds)
+    assert [len(c.token_ids) for c in cumulative] == lengths
+    assert list(itertools.accumulate(len(d.token_ids) for d in deltas)) == lengths
+    assert list(itertools.accumulate(d.text for d in deltas)) == [c.text for c in cumulative]
+    assert cumulative[-1] == base and [o.finished for o in outputs["DELTA"]] == [False] * (len(lengths) - 1) + [True]
+
+
 def test_streams_of_several_completions(llm):
     params = drawn(n=3, seed=5)
     (whole,) = run(llm, TEXT, params)
@@ -569,8 +698,22 @@ def test_without_tokenizer():
 
 
 def test_generation_config_of_the_engine():
-    override = {"temperature": 0.0, "max_new_tokens": 3, "eos_token_id": [4095]}
-    with LLM("vjax-tiny", **SMALL, override_generation_config=override) as llm:
+    with LLM("vjax-tiny", **SMALL, generation_config="vllm") as llm:
+        token = one(llm, TEXT).token_ids[0]
+    override = {"temperature": 0.0, "max_new_tokens": 3, "eos_token_id": [4095, token]}
+    with LLM("vjax-tiny", **SMALL, override_generation_config=override, stream_interval=4) as llm:
         assert llm.get_default_sampling_params().is_greedy
         (first,), (second,) = (llm.generate(TEXT, use_tqdm=False) for _ in range(2))
-        assert first.outputs[0].token_ids == second.outputs[0].token_ids and len(first.outputs[0].token_ids) == 3
+        assert first.outputs == second.outputs
+        ended = first.outputs[0]
+        assert (ended.token_ids, ended.finish_reason, ended.stop_reason) == ([token], "stop", token)
+        went_on = one(llm, TEXT, greedy(ignore_eos=True))
+        assert went_on.token_ids[0] == token and len(went_on.token_ids) == 12
+        for ignore_eos in (False, True):  # until min_tokens the ids cannot be drawn, whatever they do afterwards
+            masked = one(llm, TEXT, greedy(min_tokens=6, ignore_eos=ignore_eos))
+            assert len(masked.token_ids) >= 6 and token not in masked.token_ids[:5]
+        # The engine's interval is the least.
+        params = {str(n): (TEXT, greedy(ignore_eos=True, stream_interval=n)) for n in (None, 2, 6)}
+        outputs = stream(llm.llm_engine, params)
+        lengths = {name: [len(o.outputs[0].token_ids) for o in outs] for name, outs in outputs.items()}
+        assert lengths == {"None": [1, 5, 9, 12], "2": [1, 5, 9, 12], "6": [1, 7, 12]}

@@ -171,6 +171,7 @@ def test_every_series_of_a_small_run(make):
         "request_success:length": 2,
         "request_success:abort": 0,
         "request_success:error": 0,
+        "request_success:repetition": 0,
     }
     info = series["cache_config_info:64"].labels
     assert (info["block_size"], info["num_gpu_blocks"], info["enable_prefix_caching"]) == ("4", "64", "True")

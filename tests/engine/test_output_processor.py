@@ -149,6 +149,37 @@ def test_n_streaming(engine, kind):
     assert (out.outputs[0].text, out.finished) == ("yyy" if kind is CUMULATIVE else "y", True)
 
 
+def test_intervals_are_each_completions_own(engine):
+    engine.add("a", DELTA, n=2, stream_interval=3)
+    shown = []
+    for step in (
+        ("0_a", "u"),
+        ("1_a", "v"),
+        ("0_a", "u"),
+        ("0_a", "u"),
+        ("1_a", "vvv"),
+        ("0_a", "u"),
+        ("1_a", "v", "stop"),
+    ):
+        outputs, _ = engine.step(step)
+        shown += [(o.outputs[0].index, o.outputs[0].text, o.finished) for o in outputs]
+    assert shown == [(0, "u", False), (1, "v", False), (1, "vvv", False), (0, "uuu", False), (1, "", False)]
+    (last,), _ = engine.step(("0_a", "u", "length"))
+    assert (last.outputs[0].text, last.outputs[0].index, last.finished) == ("u", 0, True)
+
+
+def test_a_repetition_keeps_its_last_token_unless_it_completes_a_stop_string(engine):
+    engine.add("a", DELTA)
+    engine.add("b", DELTA, stop="yz")
+    outputs, to_abort = engine.step(*((name, "xyz", "repetition", "repetition_detected") for name in "ab"))
+    completions = [o.outputs[0] for o in outputs]
+    assert [(c.text, c.finish_reason, c.stop_reason) for c in completions] == [
+        ("xyz", "repetition", "repetition_detected"),
+        ("x", "stop", "yz"),
+    ]
+    assert to_abort == []
+
+
 def test_one_completion_of_several_meets_its_stop_string(engine):
     engine.add("a", FINAL_ONLY, n=2, stop="x")
     assert engine.step(("0_a", "ax"), ("1_a", "b")) == ([], ["0_a"])

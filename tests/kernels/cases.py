@@ -137,10 +137,10 @@ def batch_of_heads(
 
 
 def step_plan(batch: RaggedBatch, implementation: str, **options: Any) -> pallas_kernels.AttentionPlan:
-    """plan_attention's plan of the batch."""
+    """plan_attention's plan of the batch, compiled as in a step: eagerly, it is a hundred small programs."""
     num_tokens, num_q_heads, head_dim = batch.q.shape
-    return pallas_kernels.plan_attention(
-        *batch.metadata,
+    make = functools.partial(
+        pallas_kernels.plan_attention,
         num_tokens=num_tokens,
         num_q_heads=num_q_heads,
         num_kv_heads=batch.k_cache.shape[1],
@@ -150,6 +150,7 @@ def step_plan(batch: RaggedBatch, implementation: str, **options: Any) -> pallas
         implementation=implementation,
         **options,
     )
+    return jax.jit(make)(*batch.metadata)
 
 
 def decode_plan(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,40 +25,48 @@ from tests.kernels.cases import INTERPRET, RaggedBatch, assert_no_races, assert_
 
 
 def make_plan(batch: RaggedBatch, tile_tokens: int, min_tokens: int = 1) -> PrefillPlan:
-    return plan_prefill(
-        *map(jnp.asarray, batch.metadata),
+    make = functools.partial(
+        plan_prefill,
         num_tokens=batch.q.shape[0],
         tile_tokens=tile_tokens,
         block_size=batch.k_cache.shape[2],
         min_tokens=min_tokens,
     )
+    return jax.jit(make)(*batch.metadata)
 
 
 def random_steps():
+    """Tokens and keys of each sequence and the (padded) number of tokens: two of these, so that two programs serve all
+    steps, each with one step that it fits."""
     rng = np.random.default_rng(0)
+    steps = []
     for _ in range(8):
         num_seqs = int(rng.integers(1, 9))
         q_lens = rng.integers(1, 200, num_seqs) * (rng.random(num_seqs) < 0.7) + 1
-        yield q_lens, q_lens + rng.integers(0, 300, num_seqs), int(rng.integers(0, 40))
+        steps.append((q_lens, q_lens + rng.integers(0, 300, num_seqs)))
+    steps.sort(key=lambda step: step[0].sum())
+    for i, (q_lens, kv_lens) in enumerate(steps):
+        yield q_lens, kv_lens, int(steps[i // 4 * 4 + 3][0].sum())
 
 
 @pytest.mark.parametrize("tile_tokens", [16, 64, 128, 192])
 @pytest.mark.parametrize("min_tokens", [1, 2])
 def test_tiles_cover_each_token_once(tile_tokens: int, min_tokens: int):
-    for q_lens, kv_lens, padding in random_steps():
-        num_tokens = int(q_lens.sum()) + padding
-        cu_q_lens = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
-        table_rows = np.arange(1, len(q_lens) + 1, dtype=np.int32)
-        tables = np.zeros((len(q_lens) + 1, 4), np.int32)
-        plan = plan_prefill(
-            *map(jnp.asarray, (tables, table_rows, cu_q_lens, kv_lens.astype(np.int32))),
-            num_tokens=num_tokens,
-            tile_tokens=tile_tokens,
-            block_size=16,
-            min_tokens=min_tokens,
+    programs = {}
+    for q_lens, kv_lens, num_tokens in random_steps():
+        cu_q_lens = np.full(9, q_lens.sum(), np.int32)
+        cu_q_lens[: len(q_lens)] = np.cumsum(q_lens) - q_lens
+        table_rows, padded_kv_lens = np.zeros((2, 8), np.int32)
+        table_rows[: len(q_lens)] = np.arange(1, len(q_lens) + 1)
+        padded_kv_lens[: len(q_lens)] = kv_lens
+        make = functools.partial(
+            plan_prefill, num_tokens=num_tokens, tile_tokens=tile_tokens, block_size=16, min_tokens=min_tokens
+        )
+        plan = programs.setdefault(num_tokens, jax.jit(make))(
+            np.zeros((9, 4), np.int32), table_rows, cu_q_lens, padded_kv_lens
         )
         count = int(plan.num_tiles[0])
-        assert plan.tiles.shape[0] == max_tiles(num_tokens, len(q_lens), tile_tokens, min_tokens) >= count
+        assert plan.tiles.shape[0] == max_tiles(num_tokens, 8, tile_tokens, min_tokens) >= count
         tiles = np.asarray(plan.tiles)[:count]
         assert (tiles[:, START] % 8 == 0).all()
         assert (np.diff(tiles[:, END]) <= 0).all(), "longest first"

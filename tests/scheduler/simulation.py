@@ -14,7 +14,7 @@ from vjax.config.cache import CacheConfig
 from vjax.config.scheduler import SchedulerConfig
 from vjax.messages import LAST_SAMPLED, EngineOutput, EngineRequest, SchedulerOutput, StepOutput
 from vjax.request import Request
-from vjax.sampling_params import SamplingParams
+from vjax.sampling_params import RepetitionDetectionParams, SamplingParams
 from vjax.scheduler.factory import make_scheduler
 
 VOCAB_SIZE = 14
@@ -57,6 +57,17 @@ def sample(fingerprint: int) -> int:
     return (fingerprint >> 5) % VOCAB_SIZE
 
 
+def repeats(output: list[int], detection: RepetitionDetectionParams | None) -> bool:
+    """Whether the last tokens are a pattern as often as it takes, by trying each."""
+    if detection is None:
+        return False
+    return any(
+        len(output) >= size * detection.min_count
+        and output[-size * detection.min_count :] == output[-size:] * detection.min_count
+        for size in range(max(detection.min_pattern_size, 1), detection.max_pattern_size + 1)
+    )
+
+
 class History:
     """What a request's tokens are, whatever the scheduler does: each next one is sampled from those before it."""
 
@@ -77,7 +88,7 @@ class History:
         while len(self.token_ids) < num_tokens:
             self._append(sample(self.fingerprints[-1]))
 
-    def expected(self, request: EngineRequest, max_model_len: int) -> tuple[list[int], str, int | None]:
+    def expected(self, request: EngineRequest, max_model_len: int) -> tuple[list[int], str, int | str | None]:
         """Output tokens, finish_reason and stop_reason of the request when nothing disturbs it."""
         params = request.sampling_params
         assert params.max_tokens is not None
@@ -90,6 +101,8 @@ class History:
                 return output, "stop", None
             if token_id in (params.stop_token_ids or ()):
                 return output, "stop", token_id
+            if len(output) < end - self.num_prompt and repeats(output, params.repetition_detection):
+                return output, "repetition", "repetition_detected"
         return output, "length", None
 
 
@@ -259,7 +272,7 @@ class Engine:
             request = self.requests[o.request_id]
             history = self.history(request.prompt_token_ids, request.cache_salt)
             expected = history.expected(request, self.config.max_model_len)
-            if o.finish_reason in ("stop", "length"):
+            if o.finish_reason in ("stop", "length", "repetition"):
                 assert (tokens, o.finish_reason, o.stop_reason) == expected
             else:
                 assert o.finish_reason in (None, "error")

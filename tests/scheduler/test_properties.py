@@ -7,6 +7,7 @@ import random
 import pytest
 
 from tests.scheduler.simulation import EOS, VOCAB_SIZE, Engine, configs, make_request
+from vjax.sampling_params import RepetitionDetectionParams
 
 MAX_MODEL_LEN = 40
 OPERATIONS = 3000
@@ -70,6 +71,8 @@ class Walk:
                 eos=EOS if r.random() < 0.7 else None,
                 salt=r.choice((None, None, None, "a", "b")),
                 stop_token_ids=stop,
+                skip_reading_prefix_cache=r.choice((None, None, False, True)),
+                repetition_detection=r.choice((None, None, RepetitionDetectionParams(3, 0, 2))),
                 priority=r.randrange(3),
                 arrival_time=r.randrange(5),
             )

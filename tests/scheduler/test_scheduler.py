@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.scheduler.simulation import Engine, configs, make_request
 from vjax.errors import VjaxValidationError
 from vjax.messages import EngineOutput, StepOutput
+from vjax.sampling_params import RepetitionDetectionParams
 from vjax.scheduler.factory import make_scheduler
 from vjax.scheduler.scheduler import Scheduler
 
@@ -196,8 +199,10 @@ class TestAdmission:
         scheduler = make_scheduler(*configs())
         scheduler.add(make_request("a", prompt(3), min_tokens=2, eos=7, stop_token_ids=[9, 5]))
         scheduler.add(make_request("b", prompt(3), eos=7, stop_token_ids=[9, 5]))
-        a, b = scheduler.schedule().new_rows
-        assert (a.masked_token_ids, b.masked_token_ids) == ((5, 7, 9), ())
+        ignoring = make_request("c", prompt(3), min_tokens=2, ignore_eos=True, stop_token_ids=[9])
+        scheduler.add(replace(ignoring, ignored_eos_token_ids=(7, 6)))
+        a, b, c = scheduler.schedule().new_rows
+        assert (a.masked_token_ids, b.masked_token_ids, c.masked_token_ids) == ((5, 7, 9), (), (6, 7, 9))
 
     @pytest.mark.parametrize(
         ("request_args", "match"),
@@ -242,6 +247,40 @@ class TestPrefixCache:
         stats = e.scheduler.stats()
         assert (stats.prefix_cache_queries, stats.prefix_cache_hits) == (27, 8)
         e.run()
+
+    def test_not_read_but_written(self) -> None:
+        e = engine(block_size=4, budget=6)
+        e.add(make_request("a", prompt(9), max_tokens=1))
+        e.run()
+        e.add(make_request("b", prompt(9), max_tokens=1, skip_reading_prefix_cache=True))
+        assert [work(e), work(e)] == [{"b": 6}, {"b": 3}]
+        assert e.finished["b"].num_cached_tokens == 0
+        stats = e.scheduler.stats()
+        assert (stats.prefix_cache_requests, stats.prefix_cache_queries, stats.prefix_cache_hits) == (1, 9, 0)
+        e.add(make_request("first", prompt(13, 2), max_tokens=1, skip_reading_prefix_cache=True))
+        e.run()
+        e.add(make_request("second", prompt(13, 2), max_tokens=1))
+        e.run()
+        assert (e.finished["first"].num_cached_tokens, e.finished["second"].num_cached_tokens) == (0, 12)
+
+    def test_not_read_after_preemption_either(self) -> None:
+        e = engine(num_blocks=7, block_size=4)
+        e.add(make_request("a", prompt(8, 1), max_tokens=12))
+        e.add(make_request("b", prompt(8, 2), max_tokens=12, skip_reading_prefix_cache=True))
+        admitted = []
+        while e.scheduler.has_unfinished_requests:
+            s = e.step()
+            admitted += [(init.num_prompt_tokens, init.num_computed_tokens) for init in s.new_rows]
+        assert e.scheduler.stats().num_preemptions > 0 and len(admitted) > 2
+        assert all(num_computed == 0 for _, num_computed in admitted)
+        stats = e.scheduler.stats()
+        assert (stats.prefix_cache_requests, stats.prefix_cache_queries) == (1, 8)
+
+    def test_an_unscheduled_one_is_not_counted(self) -> None:
+        scheduler = make_scheduler(*configs())
+        scheduler.add(make_request("a", prompt(9), skip_reading_prefix_cache=True))
+        scheduler.unschedule(scheduler.schedule())
+        assert scheduler.stats().prefix_cache_requests == scheduler.stats().prefix_cache_queries == 0
 
     def test_outputs_are_cached(self) -> None:
         e = engine(block_size=4)
@@ -302,6 +341,32 @@ class TestFinish:
 
     def test_eos_on_the_last_token_is_stop(self) -> None:
         assert self.run([5, 5, 7], max_tokens=3, eos=7) == (3, "stop", None)
+
+    def test_repetition(self) -> None:
+        def run(tokens: list[int], *sizes: int, **kwargs) -> tuple[int, str, object]:
+            return self.run(tokens, repetition_detection=RepetitionDetectionParams(*sizes), max_tokens=40, **kwargs)
+
+        found = ("repetition", "repetition_detected")
+        assert run([5, 5, 5, 5], 1, 0, 3) == (3, *found)  # the prompt's tokens do not count
+        assert run([1, 1, 1], 1, 0, 3, length=20) == (3, *found)
+        assert run([4, 1, 2, 1, 2, 1, 2], 2, 1, 3) == (7, *found)
+        assert run([1, 2, 3, 1, 2, 3, 3], 3, 3, 2) == (6, *found)
+        assert run([1, 1, 1, 1, 1], 3, 2, 2) == (4, *found)  # a pattern may be one token over and over
+        # Neither too short nor too long a pattern, nor one that is interrupted.
+        assert run([1, 1, 2, 2, 1, 1, 9], 3, 2, 2, eos=9) == (7, "stop", None)
+        assert run([1, 2, 3, 4, 1, 2, 3, 4, 9], 3, 1, 2, eos=9) == (9, "stop", None)
+        assert run([1, 2, 3, 1, 2, 1, 2, 3, 9], 3, 3, 2, eos=9) == (9, "stop", None)
+
+    def test_repetition_comes_last(self) -> None:
+        detection = RepetitionDetectionParams(2, 1, 2)
+        assert self.run([7, 7], eos=7, repetition_detection=detection, min_tokens=2) == (1, "stop", None)
+        assert self.run([9, 9], repetition_detection=detection, stop_token_ids=[9]) == (1, "stop", 9)
+        assert self.run([5, 5], repetition_detection=detection, max_tokens=2) == (2, "length", None)
+        # Not before min_tokens.
+        late = self.run([5, 5, 5, 5, 5], repetition_detection=detection, min_tokens=4)
+        assert late == (4, "repetition", "repetition_detected")
+        off = RepetitionDetectionParams()
+        assert self.run([5] * 9, repetition_detection=off) == (8, "length", None)
 
     def test_model_length(self) -> None:
         assert self.run([5] * 9, max_model_len=8, max_tokens=60) == (5, "length", None)

@@ -41,6 +41,23 @@ def test_encode_and_decode_equal_hugging_faces(family, save_tokenizer):
         assert ours.convert_ids_to_tokens(ids) == theirs.convert_ids_to_tokens(ids)
 
 
+@pytest.mark.parametrize("family", ["byte_level", "sentencepiece", "metaspace"])
+def test_the_end_of_a_text_as_hugging_face_encodes_it(family, save_tokenizer):
+    from transformers import PreTrainedTokenizerFast
+
+    directory = save_tokenizer(family)
+    theirs = PreTrainedTokenizerFast.from_pretrained(str(directory), truncation_side="left")
+    ours = load_tokenizer(directory)
+    for text in SAMPLES:
+        for special in (True, False):
+            whole = ours.encode(text, special)
+            for length in (2, 3, 5, len(whole) - 1, len(whole), 100):
+                ids = theirs.encode(text, add_special_tokens=special, truncation=True, max_length=length)
+                assert ours.encode(text, special, max_length=length) == ids
+            assert ours.encode(text, special) == whole
+            assert ours.encode(text, special, max_length=1) == whole[-1:]  # no room for BOS
+
+
 def test_post_processor_adds_bos(byte_level_dir):
     tokenizer = load_tokenizer(byte_level_dir)
     ids = tokenizer.encode("hello")
@@ -158,6 +175,8 @@ def test_a_tokenizer_that_only_transformers_runs():
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert ids == loaded.encode(text, add_special_tokens=False)
     assert tokenizer.decode(ids) == text
+    assert tokenizer.encode(text, max_length=5) == [*ids[-4:], loaded.eos_token_id]
+    assert tokenizer.encode(text, False, max_length=5) == ids[-5:] and tokenizer.encode(text, False, 100) == ids
     assert (len(tokenizer), tokenizer.eos_token_id, tokenizer.is_fast) == (len(loaded), loaded.eos_token_id, False)
     assert set(tokenizer.all_special_ids) == set(loaded.all_special_ids)
     stream = tokenizer.decode_stream(tokenizer.encode("before"))

@@ -78,7 +78,7 @@ def add_parser(commands: Any) -> None:
         if bench.has_plot:
             sub.add_argument("--plot", metavar="FILE", type=Path, help="a picture of the results: .png, .svg or .pdf")
         sub.add_argument("--output-json", metavar="FILE", type=Path, help="where the JSON lines go")
-        sub.set_defaults(handler=handle, takes_overrides=bench.has_engine)
+        sub.set_defaults(handler=handle, takes_overrides=("engine",) if bench.has_engine else ())
 
 
 def handle(args: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Generator, Iterator
 from typing import Any
 
-from vjax.cli import engine_options
+from vjax.cli import chat_options, engine_options
 from vjax.errors import VjaxValidationError
 
 _HELP = "/new starts over, /undo takes the last exchange back, /quit or Ctrl-D ends, Ctrl-C stops an answer"
@@ -28,13 +28,14 @@ def add_parser(commands: Any) -> None:
         epilog=engine_options.EPILOG,
     )
     engine_options.add_model(parser)
+    chat_options.add_template(parser)
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     parser.add_argument("--max-tokens", type=int, default=512, help="longest answer (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=None, help="0 is greedy (default: the model's)")
     parser.add_argument("--top-p", type=float, default=None, help="draw from the most probable tokens of this mass")
     parser.add_argument("--top-k", type=int, default=None, help="draw from this many most probable tokens")
     parser.add_argument("--seed", type=int, default=None, help="makes the answers reproducible")
-    parser.set_defaults(handler=handle, takes_overrides=True)
+    parser.set_defaults(handler=handle, takes_overrides=("engine",))
 
 
 def handle(args: argparse.Namespace) -> int:
@@ -43,12 +44,14 @@ def handle(args: argparse.Namespace) -> int:
     engine = engine_options.engine_arguments(args, "vjax chat")
     fields = {name: value for name in _SAMPLING if (value := getattr(args, name)) is not None}
     fields |= {"max_tokens": args.max_tokens, "output_kind": RequestOutputKind.DELTA}
+    template = chat_options.read_template(args.chat_template)
     SamplingParams(**fields)  # what is wrong is said before a model is loaded
     from vjax.llm import LLM
 
     with LLM(**engine) as llm:
-        llm.get_tokenizer().get_chat_template(None, has_tools=False)
-        conversation = Conversation(llm, dataclasses.replace(llm.get_default_sampling_params(), **fields), args.system)
+        template = llm.get_tokenizer().get_chat_template(template, has_tools=False)
+        params = dataclasses.replace(llm.get_default_sampling_params(), **fields)
+        conversation = Conversation(llm, params, args.system, template)
         if sys.stdin.isatty():
             print(_HELP, file=sys.stderr)
         for line in _messages():
@@ -59,8 +62,8 @@ def handle(args: argparse.Namespace) -> int:
 class Conversation:
     """Messages and the engine that answers them."""
 
-    def __init__(self, llm: Any, params: Any, system: str | None):
-        self._llm, self._params = llm, params
+    def __init__(self, llm: Any, params: Any, system: str | None, chat_template: str | None = None):
+        self._llm, self._params, self._chat_template = llm, params, chat_template
         self._start = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict[str, str]] = list(self._start)
         self._turns = 0
@@ -87,7 +90,8 @@ class Conversation:
         messages = [*self.messages, {"role": "user", "content": text}]
         request_id = f"chat-{self._turns}"
         self._turns += 1
-        engine.add_request(request_id, chat_prompt(self._llm.get_tokenizer(), messages), self._params)
+        prompt = chat_prompt(self._llm.get_tokenizer(), messages, chat_template=self._chat_template)
+        engine.add_request(request_id, prompt, self._params)
         said: list[str] = []
         try:
             while engine.has_unfinished_requests():

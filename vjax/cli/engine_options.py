@@ -7,7 +7,10 @@ from typing import Any
 
 from vjax.errors import ConfigError
 
-EPILOG = "Engine arguments are given as --engine.NAME VALUE, for example --engine.max_model_len 1024."
+EPILOG = (
+    "Engine arguments are given as --engine.NAME VALUE, for example --engine.max_model_len 1024; "
+    "`vjax run --schema` describes them all."
+)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vjax.cli import engine_options
+from vjax.cli import chat_options, engine_options
 from vjax.cli.output import deliver, open_output
 from vjax.errors import ConfigError
 
@@ -36,9 +36,10 @@ def add_parser(commands: Any) -> None:
         "--stop", action="append", default=None, metavar="TEXT", help="ends a completion; may be given more than once"
     )
     parser.add_argument("--chat", action="store_true", help="each prompt is a user's message to a chat model")
+    chat_options.add_template(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object per completion")
     parser.add_argument("--output", metavar="FILE", type=Path, help="write the JSON objects to a file")
-    parser.set_defaults(handler=handle, takes_overrides=True)
+    parser.set_defaults(handler=handle, takes_overrides=("engine",))
 
 
 def handle(args: argparse.Namespace) -> int:
@@ -48,6 +49,9 @@ def handle(args: argparse.Namespace) -> int:
     engine = engine_options.engine_arguments(args, "vjax generate")
     fields = {name: value for name in _SAMPLING if (value := getattr(args, name)) is not None}
     fields["max_tokens"] = args.max_tokens
+    if args.chat_template is not None and not args.chat:
+        raise ConfigError("--chat-template needs --chat: without it prompts are completed as they are.")
+    template = chat_options.read_template(args.chat_template)
     SamplingParams(**fields)  # what is wrong is said before a model is loaded
     from vjax.llm import LLM
 
@@ -55,7 +59,8 @@ def handle(args: argparse.Namespace) -> int:
         params = dataclasses.replace(llm.get_default_sampling_params(), **fields)
         show = sys.stderr.isatty()
         if args.chat:
-            outputs = llm.chat([[{"role": "user", "content": p}] for p in prompts], params, use_tqdm=show)
+            conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            outputs = llm.chat(conversations, params, chat_template=template, use_tqdm=show)
         else:
             outputs = llm.generate(prompts, params, use_tqdm=show)
         return deliver(outputs, args.output, stream, as_json=args.json)

@@ -3,18 +3,18 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 
 from vjax import __version__
 from vjax.cli import bench, chat, collect_env, convert, generate, models, run
+from vjax.cli.parser import ArgumentParser
 from vjax.errors import VjaxValidationError
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> ArgumentParser:
+    parser = ArgumentParser(
         prog="vjax",
         allow_abbrev=False,
         description="LLM inference in JAX with vLLM's API.",
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     args = parser.parse_args(arguments)
-    if overrides and not getattr(args, "takes_overrides", False):
+    if overrides and not getattr(args, "takes_overrides", ()):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     args.overrides = overrides
     try:

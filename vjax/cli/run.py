@@ -50,7 +50,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--print-config", action="store_true", help="print every value and its source; run nothing")
     parser.add_argument("--save-config", metavar="FILE", type=Path, help="write the same as a run file, and run")
     parser.add_argument("--schema", action=_PrintSchema, help="print the JSON schema of run files, for editors")
-    parser.set_defaults(handler=handle, takes_overrides=True)
+    parser.set_defaults(handler=handle, takes_overrides=("engine", "sampling"))
 
 
 def handle(args: argparse.Namespace) -> int:

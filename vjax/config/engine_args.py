@@ -92,6 +92,8 @@ class EngineArgs:
     #: "raw_logprobs" (of the model's own logits), "processed_logprobs" (of those that the token was drawn from),
     #: "raw_logits" or "processed_logits".
     logprobs_mode: str = "raw_logprobs"
+    #: Tokens between two streamed outputs of a request, after its first; requests may ask for more.
+    stream_interval: int = 1
     #: Keep no metrics and log no throughput.
     disable_log_stats: bool = True
     #: None: the variables VJAX_USE_V1, then VLLM_USE_V1, else V1.
@@ -172,6 +174,7 @@ class EngineArgs:
                 static_batch=not use_v1,
             ),
             load=LoadConfig(self.load_format, self.revision, self.download_dir),
+            stream_interval=self.stream_interval,
             disable_log_stats=self.disable_log_stats,
             use_v1=use_v1,
         )
@@ -196,6 +199,13 @@ class EngineArgs:
             max_logprobs=self.max_logprobs,
             logprobs_mode=self.logprobs_mode,
         )
+
+
+@dataclass
+class AsyncEngineArgs(EngineArgs):
+    """Arguments of `AsyncLLM`: as `EngineArgs`, but metrics are kept unless they are switched off, as in vLLM."""
+
+    disable_log_stats: bool = False
 
 
 def _eos_token_ids(arch: Any, hf_config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -252,6 +262,7 @@ CHECKS: dict[str, checks.Check] = {
     "async_scheduling": _optional_bool,
     "max_logprobs": checks.integer(-1),
     "logprobs_mode": checks.choice("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"),
+    "stream_interval": checks.integer(1),
     "disable_log_stats": checks.boolean,
     "use_v1": _optional_bool,
 }

@@ -58,3 +58,5 @@ class EngineConfig:
     disable_log_stats: bool
     #: True: V1 engine; False: V0.
     use_v1: bool
+    #: Least number of tokens between two streamed outputs of a request, after its first.
+    stream_interval: int = 1

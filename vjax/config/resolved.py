@@ -23,7 +23,7 @@ def to_yaml(run: RunFile) -> str:
     defaults nor the environment change it.
     A prompt file becomes an absolute path; model and output stay as they are, relative to the working directory.
     """
-    lines = [f"# {run.path} with every value decided; `vjax run` takes it."]
+    lines = [f"# {run.path} with every value decided; `vjax run` takes it. What is missing the engine chooses."]
     lines += ["engine:", *_section(run, "engine", _engine(run))]
     if run.sampling is None:
         lines.append("sampling: null  # the model's own defaults")
@@ -64,7 +64,8 @@ def _engine(run: RunFile) -> dict[str, Any]:
 
 
 def _sampling(params: SamplingParams) -> dict[str, Any]:
-    return {name: getattr(params, name) for name in SAMPLING_FIELDS}
+    values = dataclasses.asdict(params)
+    return {name: values[name] for name in SAMPLING_FIELDS}
 
 
 def _section(run: RunFile, section: str, values: dict[str, Any]) -> list[str]:

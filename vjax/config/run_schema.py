@@ -20,12 +20,14 @@ from vjax.sampling_params import (
     MAX_LOGPROB_TOKEN_IDS,
     MAX_N,
     MAX_TEMPERATURE,
+    RepetitionDetectionParams,
     SamplingParams,
 )
 
 _TEXT = {"type": "string", "minLength": 1}
 _BOOLEAN = {"type": "boolean"}
-_TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_COUNT = {"type": "integer", "minimum": 0}
+_TOKEN_IDS = {"type": "array", "items": _COUNT}
 #: Fields of SamplingParams that work; of the others only the default is accepted.
 SAMPLING: dict[str, dict[str, Any]] = {
     "n": {"type": "integer", "minimum": 1, "maximum": MAX_N},
@@ -57,6 +59,13 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "skip_special_tokens": _BOOLEAN,
     "spaces_between_special_tokens": _BOOLEAN,
     "include_stop_str_in_output": _BOOLEAN,
+    "stream_interval": {"type": ["integer", "null"], "minimum": 1},
+    "skip_reading_prefix_cache": {"type": ["boolean", "null"]},
+    "repetition_detection": {
+        "type": ["object", "null"],
+        "additionalProperties": False,
+        "properties": {f.name: _COUNT for f in dataclasses.fields(RepetitionDetectionParams)},
+    },
 }
 
 

@@ -98,7 +98,6 @@ ONLY: dict[str, Only] = {
     "io_processor_plugin": Only((None,), _HOOKS),
     "scheduler_reserve_full_isl": Only((True,), "a prompt is admitted when all of it fits in the free KV blocks"),
     "watermark": Only((0, None), "all KV blocks are used"),
-    "stream_interval": Only((1, None), "outputs are handed out after every step"),
     "max_num_scheduled_tokens": Only((None,), "the token budget of a step is max_num_batched_tokens"),
     "max_num_active_seqs": Only((None,), "max_num_seqs is the limit"),
     "max_num_queued_reqs": Only((None,), "the queue has no limit"),

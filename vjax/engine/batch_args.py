@@ -1,4 +1,4 @@
-"""What `LLM.generate` and `LLM.chat` take for a batch: prompts, parameters and priorities, one of each per prompt."""
+"""What `LLM.generate` and `LLM.chat` take for a batch, one per prompt: prompts, parameters, priorities, cache salts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Prompt = str | Mapping[str, Any] | Sequence[int]
 #: vLLM's further keywords of generate and chat -> the only value besides None that asks for nothing.
 _NO_EFFECT: dict[str, Any] = {
     "lora_request": None,
+    "trace_headers": None,
+    "data_parallel_rank": None,
     "prompt_adapter_request": None,
     "guided_options_request": None,
-    "tokenization_kwargs": {},
     "mm_processor_kwargs": {},
-    "chat_template_content_format": "auto",
 }
 
 
@@ -90,8 +90,27 @@ def priority_per_prompt(priority: Any, num_prompts: int) -> Sequence[int]:
     return priority
 
 
-def check_other_arguments(method: str, arguments: Mapping[str, Any]) -> None:
-    """Accepts vLLM's further keywords of a method while they ask for nothing.
+def salt_per_prompt(cache_salt: Any, num_prompts: int) -> Sequence[str | None]:
+    """Cache salt of each prompt, None without one. A text is the salt of all; texts are checked with the prompts.
+
+    Raises:
+        VjaxValidationError: It is no text and no list of `num_prompts` entries.
+    """
+    if cache_salt is None or isinstance(cache_salt, str):
+        return [cache_salt] * num_prompts
+    if not isinstance(cache_salt, (list, tuple)):
+        raise VjaxValidationError(
+            f"cache_salt={cache_salt!r:.100} is a {type(cache_salt).__name__}; pass a text, or a list with one per "
+            "prompt.",
+            parameter="cache_salt",
+            value=cache_salt,
+        )
+    _check_length("cache_salt", cache_salt, num_prompts, "one text for all prompts or one per prompt")
+    return cache_salt
+
+
+def check_other_arguments(method: str, arguments: Mapping[str, Any], owner: str = "LLM") -> None:
+    """Accepts vLLM's further keywords of a method of the class `owner` while they ask for nothing.
 
     Raises:
         VjaxValidationError: One of them asks for something.
@@ -99,10 +118,10 @@ def check_other_arguments(method: str, arguments: Mapping[str, Any]) -> None:
     """
     for name, value in arguments.items():
         if name not in _NO_EFFECT:
-            raise TypeError(f"LLM.{method}() got an unexpected keyword argument {name!r}")
+            raise TypeError(f"{owner}.{method}() got an unexpected keyword argument {name!r}")
         if value is not None and value != _NO_EFFECT[name]:
             raise VjaxValidationError(
-                f"{name}={value!r:.100} is not supported by LLM.{method}; leave the argument out.",
+                f"{name}={value!r:.100} is not supported by {owner}.{method}; leave the argument out.",
                 parameter=name,
                 value=value,
             )

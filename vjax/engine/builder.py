@@ -18,6 +18,7 @@ from vjax.config.engine_args import EngineArgs
 from vjax.config.engine_config import DEFAULT_MAX_LOGPROBS, EngineConfig
 from vjax.config.generation import read_generation_config
 from vjax.engine.core import EngineCore
+from vjax.engine.protocol import EngineInfo
 from vjax.log import logger
 from vjax.models.arch import ArchConfig
 from vjax.models.functional import build_model
@@ -51,12 +52,19 @@ class BuiltEngine:
     core: EngineCore
     config: EngineConfig
     arch: ArchConfig
-    #: None with skip_tokenizer_init.
+    #: None with skip_tokenizer_init, and where it was not asked for.
     tokenizer: Tokenizer | None
 
+    @property
+    def info(self) -> EngineInfo:
+        return EngineInfo(self.config, self.arch.vocab_size, tuple(self.arch.eos_token_ids))
 
-def build_engine(args: EngineArgs) -> BuiltEngine:
+
+def build_engine(args: EngineArgs, *, with_tokenizer: bool = True) -> BuiltEngine:
     """Loads a model and prepares everything that serving needs.
+
+    Args:
+        with_tokenizer: False leaves the tokenizer to a front end in another process.
 
     Raises:
         ConfigError: An argument cannot be used with this model or device.
@@ -73,7 +81,7 @@ def build_engine(args: EngineArgs) -> BuiltEngine:
         generation_config = read_generation_config(model_dir)
     # Before the minutes that weights and compilation take: a bad tokenizer is found at once.
     tokenizer = None
-    if not args.skip_tokenizer_init:
+    if with_tokenizer and not args.skip_tokenizer_init:
         tokenizer = load_tokenizer(
             args.tokenizer, model_dir=model_dir, revision=args.revision, download_dir=args.download_dir
         )

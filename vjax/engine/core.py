@@ -13,6 +13,7 @@ from vjax.log import logger
 from vjax.messages import EngineOutput, EngineRequest, SchedulerOutput
 from vjax.runner.runner import ModelRunner, StepHandle
 from vjax.scheduler.scheduler import Scheduler
+from vjax.scheduler.stats import SchedulerStats
 
 log = logger(__name__)
 
@@ -94,6 +95,26 @@ class EngineCore:
     @property
     def has_unfinished_requests(self) -> bool:
         return self.scheduler.has_unfinished_requests
+
+    def stats(self) -> SchedulerStats:
+        """The scheduler's numbers of now."""
+        return self.scheduler.stats()
+
+    #: The numbers after the latest step whose outputs were handed out.
+    latest_stats = stats
+
+    def warm_up(self) -> None:
+        """Compiles and runs everything that any step may need. To be called while nothing runs."""
+        self.runner.executables.compile_all()
+        self.runner.warm_up()
+
+    def least_bytes_read(self, num_keys: int) -> dict[str, int]:
+        """What a decode step over num_keys keys in all has to read: bytes of "weights" and of the "KV cache"."""
+        return self.runner.step.least_bytes_read(num_keys)
+
+    def num_compilations_while_serving(self) -> int:
+        """Compilations that a step had to wait for."""
+        return self.runner.executables.num_compilations_while_serving
 
     def shutdown(self) -> None:
         self._in_flight.clear()

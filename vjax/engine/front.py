@@ -1,6 +1,8 @@
 """The engine as a user steps it: requests in, `RequestOutput`s out. One implementation for V0 and V1.
 
 add_request -> InputProcessor -> EngineCore -> OutputProcessor -> step's return value
+
+The core is in this process, or a `ProcessCore` stands for one in another.
 """
 
 from __future__ import annotations
@@ -11,13 +13,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from vjax import envs
 from vjax.config.engine_args import EngineArgs
 from vjax.config.engine_config import EngineConfig
 from vjax.engine import heap
 from vjax.engine.builder import build_engine
+from vjax.engine.core import EngineCore
 from vjax.engine.input_processor import InputProcessor
 from vjax.engine.interrupt import DeferInterrupt
 from vjax.engine.output_processor import OutputProcessor
+from vjax.engine.process_core import ProcessCore
 from vjax.engine.recorder import MetricsRecorder
 from vjax.errors import VjaxValidationError
 from vjax.log import logger
@@ -44,22 +49,28 @@ class BaseLLMEngine:
         if args.use_v1 is None and self.use_v1 is not None:
             args = dataclasses.replace(args, use_v1=self.use_v1)
         self._is_shut_down = False
-        built = build_engine(args)
-        self._core = built.core
-        self.config: EngineConfig = built.config
-        self.tokenizer: Tokenizer | None = built.tokenizer
+        self._core: EngineCore | ProcessCore
+        self.tokenizer: Tokenizer | None
+        if envs.enable_multiprocessing(default=False):
+            self._core = ProcessCore(args)
+            info, self.tokenizer = self._core.info, self._core.tokenizer
+        else:
+            built = build_engine(args)
+            self._core = built.core
+            info, self.tokenizer = built.info, built.tokenizer
+        self.config: EngineConfig = info.config
         #: Token ids are below it.
-        self.vocab_size: int = built.arch.vocab_size
+        self.vocab_size: int = info.vocab_size
         self._inputs = InputProcessor(
-            built.config,
+            info.config,
             vocab_size=self.vocab_size,
             tokenizer=self.tokenizer,
-            eos_token_ids=built.arch.eos_token_ids,
+            eos_token_ids=info.eos_token_ids,
         )
         self._recorder: MetricsRecorder | None = None
         if not args.disable_log_stats:
-            self._recorder = MetricsRecorder(built.config.model.max_model_len, built.config.cache)
-        self._outputs = OutputProcessor(self.tokenizer, self._recorder)
+            self._recorder = MetricsRecorder(info.config.model.max_model_len, info.config.cache)
+        self._outputs = OutputProcessor(self.tokenizer, self._recorder, info.config.stream_interval)
         self._undelivered: list[RequestOutput] = []
         heap.freeze(self)
 
@@ -77,6 +88,7 @@ class BaseLLMEngine:
         arrival_time: float | None = None,
         *,
         priority: int = 0,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """Accepts one prompt; `step` will deliver its outputs under `request_id`.
 
@@ -86,6 +98,7 @@ class BaseLLMEngine:
             params: Sampling parameters; n > 1 becomes n sequences that share the prompt's KV.
             arrival_time: Seconds, `time.monotonic` by default.
             priority: Lower runs first under scheduling_policy="priority".
+            tokenization_kwargs: How the prompt becomes token ids, and at most how many; see `TokenizationParams`.
 
         Raises:
             VjaxValidationError: The request can never run; nothing of it stays behind.
@@ -99,7 +112,14 @@ class BaseLLMEngine:
             )
         if arrival_time is None:
             arrival_time = time.monotonic()
-        processed = self._inputs.process(request_id, prompt, params, priority=priority, arrival_time=arrival_time)
+        processed = self._inputs.process(
+            request_id,
+            prompt,
+            params,
+            priority=priority,
+            arrival_time=arrival_time,
+            tokenization_kwargs=tokenization_kwargs,
+        )
         if self._recorder is not None:
             self._recorder.queue(processed)
         added: list[str] = []
@@ -146,7 +166,7 @@ class BaseLLMEngine:
         if to_abort:
             self._core.abort_requests(to_abort)
         if self._recorder is not None:
-            self._recorder.record_step(self._core.scheduler.stats())
+            self._recorder.record_step(self._core.latest_stats())
         return request_outputs
 
     def has_unfinished_requests(self) -> bool:
@@ -171,7 +191,7 @@ class BaseLLMEngine:
         """
         if self._recorder is None:
             raise VjaxValidationError("Metrics are off: create the engine with disable_log_stats=False.")
-        return self._recorder.snapshot(self._core.scheduler.stats())
+        return self._recorder.snapshot(self._core.stats())
 
     @contextmanager
     def record_steps(self, *, blocks: bool = True) -> Iterator[list[StepRecord]]:
@@ -182,7 +202,14 @@ class BaseLLMEngine:
 
         Args:
             blocks: False leaves block tables and cached blocks empty: enough to count tokens and requests, and cheap.
+
+        Raises:
+            VjaxValidationError: The scheduler, whose books are read, is in another process.
         """
+        if isinstance(self._core, ProcessCore):
+            raise VjaxValidationError(
+                "record_steps needs the engine core in this process; set VJAX_ENABLE_V1_MULTIPROCESSING=0."
+            )
         recording = StepRecording(blocks=blocks)
         recordings = self._core.scheduler.recordings
         recordings.append(recording)
@@ -205,17 +232,16 @@ class BaseLLMEngine:
     def warm_up(self) -> None:
         """Compiles and runs everything that any step may need, so that serving never waits for the compiler. To be
         called while nothing runs."""
-        self._core.runner.executables.compile_all()
-        self._core.runner.warm_up()
+        self._core.warm_up()
 
     def least_bytes_read(self, num_keys: int) -> dict[str, int]:
         """What a decode step over num_keys keys in all has to read: bytes of "weights" and of the "KV cache"."""
-        return self._core.runner.step.least_bytes_read(num_keys)
+        return self._core.least_bytes_read(num_keys)
 
     @property
     def num_compilations_while_serving(self) -> int:
         """Compilations that a step had to wait for."""
-        return self._core.runner.executables.num_compilations_while_serving
+        return self._core.num_compilations_while_serving()
 
     def shutdown(self) -> None:
         """Frees the device arrays; dropping the last reference does the same. The engine cannot be used afterwards."""

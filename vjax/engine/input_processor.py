@@ -13,6 +13,7 @@ from numbers import Integral
 from typing import Any
 
 from vjax.config.engine_config import EngineConfig
+from vjax.engine.tokenization import TokenizationParams
 from vjax.errors import VjaxValidationError
 from vjax.log import logger, warning_once
 from vjax.messages import EngineRequest
@@ -75,6 +76,7 @@ class InputProcessor:
             eos = eos_token_ids[0]
         self.eos_token_id: int | None = eos
         self._extra_eos_token_ids = tuple(i for i in config.model.generation_eos_token_ids if i != eos)
+        self._eos_token_ids = self._extra_eos_token_ids if eos is None else (eos, *self._extra_eos_token_ids)
         # Seeds of requests that bring none: reproducible for equal calls on engines of equal seed.
         self._seeds = random.Random(config.model.seed)
 
@@ -90,6 +92,7 @@ class InputProcessor:
         *,
         priority: int = 0,
         arrival_time: float = 0.0,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> ProcessedRequest:
         """Checks and completes one prompt.
 
@@ -98,6 +101,7 @@ class InputProcessor:
                 optionally "cache_salt" (only prompts of the same salt share cached KV).
             priority: Lower runs first, with scheduling_policy="priority".
             arrival_time: Monotonic seconds.
+            tokenization_kwargs: See `TokenizationParams`.
 
         Raises:
             VjaxValidationError: The prompt is empty, too long or out of the vocabulary, or the parameters do not fit.
@@ -107,7 +111,8 @@ class InputProcessor:
         if not isinstance(request_id, str) or not request_id:
             raise _error("request_id", request_id, "must be a non-empty string")
         self._check_priority(priority)
-        text, token_ids, salt = self._parse(prompt)
+        tokenization = TokenizationParams.from_kwargs(tokenization_kwargs, self._max_model_len)
+        text, token_ids, salt = self._parse(prompt, tokenization)
         self._check_length(token_ids)
         complete = self._complete_params(params, len(token_ids))
         bad_words = self._bad_words(complete)
@@ -117,6 +122,7 @@ class InputProcessor:
                 prompt_token_ids=token_ids,
                 sampling_params=child_params,
                 eos_token_id=None if complete.ignore_eos else self.eos_token_id,
+                ignored_eos_token_ids=self._eos_token_ids if complete.ignore_eos else (),
                 arrival_time=arrival_time,
                 priority=priority,
                 cache_salt=salt,
@@ -128,27 +134,30 @@ class InputProcessor:
 
     # ---- prompts --------------------------------------------------------------------------------------------------
 
-    def _parse(self, prompt: Any) -> tuple[str | None, list[int], str | None]:
+    def _parse(self, prompt: Any, tokenization: TokenizationParams) -> tuple[str | None, list[int], str | None]:
         """Text (None if only ids were given), token ids and cache salt."""
         if isinstance(prompt, str):
-            return prompt, self._encode(prompt), None
+            return prompt, self._encode(prompt, tokenization), None
         if not isinstance(prompt, Mapping):
-            return None, self._token_ids(prompt), None
+            return None, tokenization.truncate(self._token_ids(prompt)), None
         for key, value in prompt.items():
             if key not in _PROMPT_KEYS and value is not None:
-                raise _error("prompt", prompt, f"has the key {key!r}; only {', '.join(_PROMPT_KEYS)} are supported")
+                hint = "; LLM.chat takes messages" if key in ("role", "messages") else ""
+                raise _error(
+                    "prompt", prompt, f"has the key {key!r}; only {', '.join(_PROMPT_KEYS)} are supported{hint}"
+                )
         text, token_ids, salt = (prompt.get(key) for key in _PROMPT_KEYS)
         if salt is not None and not (isinstance(salt, str) and salt):
             raise _error("cache_salt", salt, "must be a non-empty string; leave it out to share cached prefixes freely")
         if text is not None and not isinstance(text, str):
             raise _error("prompt", text, f"must be a text; it is a {type(text).__name__}")
         if token_ids is not None:
-            return text, self._token_ids(token_ids), salt
+            return text, tokenization.truncate(self._token_ids(token_ids)), salt
         if text is None:
             raise _error("prompt", prompt, f"has neither a prompt nor prompt_token_ids; pass {_PROMPT_FORMS}")
-        return text, self._encode(text), salt
+        return text, self._encode(text, tokenization), salt
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, tokenization: TokenizationParams) -> list[int]:
         if self._tokenizer is None:
             raise _error(
                 "prompt",
@@ -158,7 +167,7 @@ class InputProcessor:
             )
         if not text:
             raise _empty(text)
-        ids = self._tokenizer.encode(text)
+        ids = tokenization.encode(self._tokenizer, text)
         if not ids:
             raise _empty(text)
         return self._in_vocabulary(ids)
@@ -268,9 +277,7 @@ class InputProcessor:
         return tuple(dict.fromkeys(words))
 
     def _check_num_masked(self, params: SamplingParams) -> None:
-        masked = set(params.stop_token_ids or ())
-        if self.eos_token_id is not None and not params.ignore_eos:
-            masked.add(self.eos_token_id)
+        masked = {*(params.stop_token_ids or ()), *self._eos_token_ids}
         if len(masked) > MAX_MASKED_TOKEN_IDS:
             raise _error(
                 "min_tokens",

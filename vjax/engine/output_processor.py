@@ -21,9 +21,9 @@ class _Prompt:
 
     __slots__ = ("num_cached_tokens", "num_running", "processed", "prompt_logprobs", "sequences")
 
-    def __init__(self, processed: ProcessedRequest, tokenizer: Tokenizer | None):
+    def __init__(self, processed: ProcessedRequest, tokenizer: Tokenizer | None, stream_interval: int):
         self.processed = processed
-        self.sequences = [_Sequence(self, i, tokenizer) for i in range(len(processed.requests))]
+        self.sequences = [_Sequence(self, i, tokenizer, stream_interval) for i in range(len(processed.requests))]
         self.num_running = len(self.sequences)
         self.num_cached_tokens: int | None = None
         #: One per token, None for the first; None until they arrive, and if they were not asked for.
@@ -43,10 +43,11 @@ class _Sequence:
         "num_shown_tokens",
         "prompt",
         "quiet",
+        "stream_interval",
         "token_ids",
     )
 
-    def __init__(self, prompt: _Prompt, index: int, tokenizer: Tokenizer | None):
+    def __init__(self, prompt: _Prompt, index: int, tokenizer: Tokenizer | None, stream_interval: int):
         processed = prompt.processed
         self.prompt = prompt
         self.index = index
@@ -54,7 +55,9 @@ class _Sequence:
         self.metrics = processed.requests[index].metrics
         self.detokenizer = make_detokenizer(tokenizer, processed.prompt_token_ids, processed.params)
         self.token_ids = self.detokenizer.token_ids
+        #: Tokens that the user has seen.
         self.num_shown_tokens = 0
+        self.stream_interval = max(stream_interval, processed.params.stream_interval or 1)
         #: Set when the completion is finished.
         self.completion: CompletionOutput | None = None
         params = processed.params
@@ -66,19 +69,25 @@ class _Sequence:
         asks_logprobs = params.wants_logprobs or params.prompt_logprobs is not None
         self.quiet = is_final_only and not params.stop and not asks_logprobs
 
+    @property
+    def num_unshown_tokens(self) -> int:
+        return len(self.token_ids) - self.num_shown_tokens
+
 
 class OutputProcessor:
     """Keeps the text side of every unfinished request."""
 
-    def __init__(self, tokenizer: Tokenizer | None, recorder: MetricsRecorder | None = None):
+    def __init__(self, tokenizer: Tokenizer | None, recorder: MetricsRecorder | None = None, stream_interval: int = 1):
         """
         Args:
             tokenizer: None: texts stay empty.
             recorder: Told when tokens arrive and requests end; its `queue` has seen what `add_request` gets. None:
                 nothing is recorded.
+            stream_interval: Least number of tokens between two outputs of an unfinished completion, after its first.
         """
         self._tokenizer = tokenizer
         self._recorder = recorder
+        self._stream_interval = stream_interval
         self._prompts: dict[str, _Prompt] = {}
         self._sequences: dict[str, _Sequence] = {}
 
@@ -93,7 +102,7 @@ class OutputProcessor:
 
     def add_request(self, processed: ProcessedRequest) -> None:
         """Prepares for the outputs of `processed.requests`. Its ids are not in use (see `has_request`)."""
-        prompt = _Prompt(processed, self._tokenizer)
+        prompt = _Prompt(processed, self._tokenizer, self._stream_interval)
         self._prompts[processed.request_id] = prompt
         for request, sequence in zip(processed.requests, prompt.sequences, strict=True):
             assert request.request_id not in self._sequences, request.request_id
@@ -115,6 +124,17 @@ class OutputProcessor:
                         to_abort.append(request.request_id)
                         self._finish(sequence, "abort")
         return to_abort
+
+    def abort_outputs(self, request_ids: Sequence[str]) -> list[EngineOutput]:
+        """What ends requests with what they have so far, for `process`: one output with finish_reason "abort" for each
+        unfinished completion, which the core must abort. Unknown and finished ids are ignored."""
+        return [
+            EngineOutput(request.request_id, [], "abort", num_cached_tokens=prompt.num_cached_tokens or 0)
+            for request_id in dict.fromkeys(request_ids)
+            if (prompt := self._prompts.get(request_id))
+            for request in prompt.processed.requests
+            if request.request_id in self._sequences
+        ]
 
     def process(self, outputs: Sequence[EngineOutput]) -> tuple[list[RequestOutput], list[str]]:
         """Takes one step's outputs. Those of unknown (aborted) requests are ignored.
@@ -201,6 +221,8 @@ class OutputProcessor:
                 del self._prompts[prompt.processed.request_id]
         elif kind is RequestOutputKind.FINAL_ONLY or not output.new_token_ids:
             return None
+        elif 0 < sequence.num_shown_tokens and sequence.num_unshown_tokens < sequence.stream_interval:
+            return None
         completion = _completion(sequence, output, kind is RequestOutputKind.DELTA)
         if kind is not RequestOutputKind.FINAL_ONLY:
             return _request_output(prompt, [completion])
@@ -222,12 +244,11 @@ class OutputProcessor:
 def _completion(sequence: _Sequence, output: EngineOutput, delta: bool) -> CompletionOutput:
     finished = output.finish_reason is not None
     token_ids, logprobs = sequence.token_ids, sequence.logprobs
+    num_shown, sequence.num_shown_tokens = sequence.num_shown_tokens, len(token_ids)
     if logprobs is not None:
         del logprobs[len(token_ids) :]  # of tokens behind a stop string
     if delta:
-        first = sequence.num_shown_tokens
-        token_ids, logprobs = token_ids[first:], None if logprobs is None else logprobs[first:]
-        sequence.num_shown_tokens += len(token_ids)
+        token_ids, logprobs = token_ids[num_shown:], None if logprobs is None else logprobs[num_shown:]
     elif not finished:
         # The originals go on growing.
         token_ids, logprobs = token_ids.copy(), None if logprobs is None else logprobs.copy()

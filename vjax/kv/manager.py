@@ -33,9 +33,9 @@ class KVCacheManager:
         """The longest cached prefix: its blocks (not held yet), and its number of tokens.
 
         At most `num_tokens - 1` tokens, floored to blocks: the last token is always computed, to have something to
-        sample from.
+        sample from. None for a request that must not read the cache.
         """
-        if not self.pool.enable_caching:
+        if not self.pool.enable_caching or not request.reads_prefix_cache:
             return [], 0
         extend_block_hashes(request, self.block_size)
         blocks: list[int] = []

@@ -23,6 +23,7 @@ __all__ = [
     "get_model_class",
     "is_registered",
     "read_hf_config",
+    "registered_models",
     "supported_architectures",
 ]
 
@@ -79,6 +80,16 @@ def supported_architectures() -> list[str]:
 def is_registered(architecture: str) -> bool:
     """Whether its class comes from outside vjax."""
     return architecture in _registered
+
+
+def registered_models() -> dict[str, str]:
+    """What users registered, for another process: architecture -> "module:class". Classes that only this process can
+    find, such as those of its main program, are left out."""
+    named = {
+        name: model if isinstance(model, str) else f"{model.__module__}:{model.__qualname__}"
+        for name, model in _registered.items()
+    }
+    return {name: where for name, where in named.items() if not where.startswith("__main__:") and "<" not in where}
 
 
 def arch_config_from_hf(config: dict[str, Any]) -> ArchConfig:

@@ -85,7 +85,7 @@ def num_kv_blocks(
         raise OutOfMemoryError(
             f"The KV cache ({source}) has {blocks} blocks of {cache.block_size} tokens ({_size(blocks * per_block)}), "
             f"the null block included, but one request of max_model_len={max_model_len} tokens needs {needed} "
-            f"({_size(needed * per_block)}). {lower} {_knob(config, device)}."
+            f"({_size(needed * per_block)}). {lower} {_knob(config, device, needed * per_block)}."
         )
     return blocks
 
@@ -94,11 +94,11 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes / _GIB:.2f} GiB" if num_bytes >= _GIB // 10 else f"{num_bytes / (1 << 20):.2f} MiB"
 
 
-def _knob(config: EngineConfig, device: Any) -> str:
+def _knob(config: EngineConfig, device: Any, needed_bytes: int) -> str:
     if config.cache.num_gpu_blocks_override is not None:
         return f"num_gpu_blocks_override to at least {-(-config.model.max_model_len // config.cache.block_size) + 1}"
     if device.platform == "cpu" or config.cache.kv_cache_memory_bytes is not None:
-        return "kv_cache_memory_bytes"
+        return f"kv_cache_memory_bytes to at least {needed_bytes}"
     return "gpu_memory_utilization"
 
 

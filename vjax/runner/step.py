@@ -144,7 +144,7 @@ class Step:
         # there would get that step's token again.
         sampled_rows = jax.lax.dynamic_update_slice(rows.sampled_rows * 0, sampled, (0,))
         slots = jnp.where(meta.slots < 0, rows.block_tokens.size, meta.slots)
-        block_tokens = rows.block_tokens.reshape(-1).at[slots].set(token_ids, mode="drop")
+        block_tokens = rows.block_tokens.reshape(-1).at[slots].set(token_ids, mode="drop", unique_indices=True)
         rows = rows.replace(
             block_tokens=block_tokens.reshape(rows.block_tokens.shape),
             num_computed=rows.num_computed.at[jnp.where(in_batch, seq_rows, num_rows)].set(kv_lens, mode="drop"),

@@ -120,7 +120,7 @@ def _note_admission(state: SchedulerState, step: StepBuilder, request: Request) 
         if request.metrics is not None:
             request.metrics.scheduled_ts = state.clock()
             request.metrics.num_cached_tokens = request.num_cached_tokens
-        if state.kv.pool.enable_caching:
+        if state.kv.pool.enable_caching and request.reads_prefix_cache:
             state.stats.prefix_cache_requests += 1
             state.stats.prefix_cache_queries += request.num_tokens
             state.stats.prefix_cache_hits += request.num_cached_tokens

@@ -18,7 +18,9 @@ from vjax.errors import VjaxValidationError
 from vjax.messages import EngineOutput, EngineRequest, SchedulerOutput, StepLogprobs, StepOutput
 from vjax.request import Request
 from vjax.scheduler.batching import BatchingPolicy
+from vjax.scheduler.limits import check_request
 from vjax.scheduler.recording import StepRecording
+from vjax.scheduler.repetition import REPETITION_DETECTED, ends_in_repetition
 from vjax.scheduler.state import SchedulerState
 from vjax.scheduler.stats import SchedulerStats
 from vjax.scheduler.step import InFlightStep, StepBuilder
@@ -120,8 +122,7 @@ class Scheduler:
             if num_tokens == request.num_prompt_tokens + 1:
                 state.stats.prompt_tokens += request.num_prompt_tokens
                 state.stats.prompt_tokens_cached += request.num_cached_tokens or 0
-            if token_id in request.stop_ids or num_tokens >= request.max_num_tokens:
-                self._finish_with(request, token_id)
+            if (token_id in request.stop_ids or num_tokens >= request.check_num_tokens) and self._ends(request):
                 num_finished += 1
             elif num_tokens % block_size == 0:
                 state.kv.cache_full_blocks(request)
@@ -238,49 +239,35 @@ class Scheduler:
     # Helpers
 
     def _validate(self, request: EngineRequest) -> None:
-        kv, max_len = self._state.kv, self._config.max_model_len
-        num_prompt, max_tokens = len(request.prompt_token_ids), request.sampling_params.max_tokens
-        assert max_tokens is not None
         if request.request_id in self._state.requests:
             raise VjaxValidationError(
                 f"The request id {request.request_id!r} belongs to a request that is not finished; use another one.",
                 parameter="request_id",
                 value=request.request_id,
             )
-        if num_prompt == 0:
-            message = "The decoder prompt cannot be empty; pass at least one token."
-            raise VjaxValidationError(message, parameter="prompt")
-        if num_prompt + 1 > max_len:
-            raise VjaxValidationError(
-                f"The decoder prompt (length {num_prompt}) plus the number of requested output tokens (at least 1) is "
-                f"longer than the maximum model length of {max_len}; shorten the prompt or raise max_model_len.",
-                parameter="prompt",
-                value=num_prompt,
-            )
-        # The KV of the last token is never written.
-        num_blocks = kv.blocks_for(min(num_prompt + max_tokens, max_len) - 1)
-        if num_blocks > kv.pool.num_blocks - 1:
-            raise VjaxValidationError(
-                f"The prompt (length {num_prompt}) and max_tokens={max_tokens} need {num_blocks} KV blocks of "
-                f"{kv.block_size} tokens, and the cache has {kv.pool.num_blocks - 1}: the request could never finish. "
-                "Lower max_tokens, or enlarge the cache (gpu_memory_utilization, kv_cache_memory_bytes or "
-                "num_gpu_blocks_override).",
-                parameter="max_tokens",
-                value=max_tokens,
-            )
+        kv = self._state.kv
+        check_request(request, self._config.max_model_len, kv.pool.num_blocks, kv.block_size)
 
-    def _finish_with(self, request: Request, token_id: int) -> None:
-        """Ends a request at its last token: EOS first, then stop tokens, then length."""
+    def _ends(self, request: Request) -> bool:
+        """Whether the latest token ended the request: as EOS, else as stop token, by length, by repetition."""
+        token_id = request.token_ids[-1]
         if token_id == request.eos_token_id:
             self._state.finish(request, "stop")
         elif token_id in request.stop_ids:
             self._state.finish(request, "stop", token_id)
-        else:
+        elif request.num_tokens >= request.max_num_tokens:
             self._state.finish(request, "length")
+        else:
+            repetition = request.sampling_params.repetition_detection
+            assert repetition is not None, "nothing else is checked below max_num_tokens"
+            if not ends_in_repetition(request.token_ids, request.num_prompt_tokens, repetition):
+                return False
+            self._state.finish(request, "repetition", REPETITION_DETECTED)
+        return True
 
     def _forget_admission(self, request: Request) -> None:
         stats = self._state.stats
-        if self._state.kv.pool.enable_caching:
+        if self._state.kv.pool.enable_caching and request.reads_prefix_cache:
             stats.prefix_cache_requests -= 1
             stats.prefix_cache_queries -= request.num_tokens
             stats.prefix_cache_hits -= request.num_cached_tokens or 0

@@ -62,7 +62,7 @@ class SchedulerState:
         request.status = RequestStatus.PREEMPTED if request.num_preemptions else RequestStatus.WAITING
         self.waiting.put_back(request)
 
-    def finish(self, request: Request, reason: str, stop_reason: int | None = None) -> None:
+    def finish(self, request: Request, reason: str, stop_reason: int | str | None = None) -> None:
         """From anywhere to finished. `drop_finished` must follow."""
         if request.row:
             self._release(request)

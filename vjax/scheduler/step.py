@@ -145,11 +145,12 @@ class StepBuilder:
 
     def _row_init(self, request: Request) -> RowInit:
         params = request.sampling_params
+        masked = request.stop_ids.union(request.ignored_eos_token_ids) if params.min_tokens else ()
         return RowInit(
             row=request.row,
             num_computed_tokens=request.num_computed_tokens - self.chunks.get(request, 1),
             sampling_params=params,
             num_prompt_tokens=request.num_prompt_tokens,
-            masked_token_ids=tuple(sorted(request.stop_ids)) if params.min_tokens > 0 else (),
+            masked_token_ids=tuple(sorted(masked)),
             bad_words_token_ids=request.bad_words_token_ids,
         )

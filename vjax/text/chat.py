@@ -1,4 +1,4 @@
-"""Conversations to prompts: checks the messages and renders the model's chat template."""
+"""Conversations to prompts: renders the model's chat template."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vjax.errors import VjaxValidationError
+from vjax.text.chat_messages import ContentForm, template_messages
 from vjax.text.chat_template import iterates_over_content
 from vjax.text.tokenizer import Tokenizer
 
 #: Names that the renderer itself uses.
 _RESERVED = {"messages", "template", "tokenize"}
-_EXAMPLE = '{"role": "user", "content": "Hello"}'
+_CONTENT_FORMATS = ("auto", "string", "openai")
 
 
 def render_chat(
@@ -20,22 +21,26 @@ def render_chat(
     /,
     *,
     chat_template: str | None = None,
+    chat_template_content_format: str = "auto",
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
-    tools: list[dict[str, Any]] | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
     **template_kwargs: Any,
 ) -> str:
     """The prompt text of one conversation. Encode it with `add_special_tokens=False`: the template writes its own.
 
     Args:
-        messages: Dicts with "role" and "content"; content is a string or a list of {"type": "text", "text": ...}, which
-            is joined with newlines for templates that expect a string.
+        messages: Dicts with "role" and "content"; content is a string or a list of {"type": "text", "text": ...}.
+            Assistants' messages may have "tool_calls" (arguments as a dict or as JSON text) and "reasoning".
         chat_template: Jinja text or the name of one of the model's templates; None: the model's default.
+        chat_template_content_format: What the template takes as content: "string", "openai" (a list of text parts), or
+            "auto", parts for a template that loops over them.
+        tools: Descriptions of functions, as OpenAI's API has them.
         template_kwargs: Further variables that the template reads, such as enable_thinking.
 
     Raises:
-        VjaxValidationError: A message is malformed, there is no template, it refuses the messages, or a name of
-            `template_kwargs` is not free.
+        VjaxValidationError: A message, a tool or an option is malformed, there is no template, it refuses the messages,
+            or a name of `template_kwargs` is not free.
     """
     if taken := sorted(_RESERVED & template_kwargs.keys()):
         raise VjaxValidationError(
@@ -43,17 +48,15 @@ def render_chat(
             parameter="chat_template_kwargs",
             value=template_kwargs,
         )
-    template = tokenizer.get_chat_template(chat_template, has_tools=bool(tools))
-    checked = validate_messages(messages)
-    if not iterates_over_content(template):
-        checked = [_with_string_content(message) for message in checked]
+    checked_tools = _checked_tools(tools)
+    template = tokenizer.get_chat_template(chat_template, has_tools=bool(checked_tools))
     text = tokenizer.apply_chat_template(
-        checked,
+        template_messages(messages, _content_form(chat_template_content_format, template)),
         tokenize=False,
         chat_template=template,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
-        tools=tools,
+        tools=checked_tools,
         **template_kwargs,
     )
     assert isinstance(text, str)
@@ -67,49 +70,25 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], /, 
     return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
 
 
-def validate_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
-    """The messages as dicts.
-
-    Raises:
-        VjaxValidationError: There are none, or one of them is malformed; names its index.
-    """
-    if not isinstance(messages, (list, tuple)) or not messages:
-        raise _error(f"a conversation must be a non-empty list of messages such as {_EXAMPLE}", messages)
-    for i, message in enumerate(messages):
-        _validate_message(i, message)
-    return [dict(message) for message in messages]
-
-
-def _validate_message(i: int, message: Any) -> None:
-    if not isinstance(message, Mapping):
-        raise _error(f"messages[{i}] is a {type(message).__name__}; a message is a dict such as {_EXAMPLE}", message)
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or not role:
-        raise _error(f'messages[{i}] needs a "role" such as "system", "user" or "assistant", not {role!r}', message)
-    if content is None and "tool_calls" not in message:
-        raise _error(f'messages[{i}] (role {role!r}) needs a "content": a string or a list of text parts', message)
-    if isinstance(content, (list, tuple)):
-        for part in content:
-            _validate_part(i, part)
-    elif content is not None and not isinstance(content, str):
-        kind = type(content).__name__
-        raise _error(f"messages[{i}]: content is a {kind}; pass a string or a list of text parts", message)
+def _content_form(content_format: str, template: str) -> ContentForm:
+    if content_format == "auto":
+        return "openai" if iterates_over_content(template) else "string"
+    if content_format == "string" or content_format == "openai":
+        return content_format
+    raise VjaxValidationError(
+        f"chat_template_content_format={content_format!r} must be one of {', '.join(_CONTENT_FORMATS)}.",
+        parameter="chat_template_content_format",
+        value=content_format,
+    )
 
 
-def _validate_part(i: int, part: Any) -> None:
-    if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return
-    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    text_part = '{"type": "text", "text": "..."}'
-    raise _error(f"messages[{i}]: a content part of type {kind!r} is not supported; only {text_part} is", part)
-
-
-def _with_string_content(message: dict[str, Any]) -> dict[str, Any]:
-    content = message.get("content")
-    if not isinstance(content, (list, tuple)):
-        return message
-    return message | {"content": "\n".join(part["text"] for part in content)}
-
-
-def _error(text: str, value: object) -> VjaxValidationError:
-    return VjaxValidationError(f"{text}.", parameter="messages", value=value)
+def _checked_tools(tools: Any) -> list[dict[str, Any]] | None:
+    """Tools as a list of dicts; None where there are none."""
+    if not isinstance(tools, (list, tuple, type(None))) or not all(isinstance(tool, Mapping) for tool in tools or ()):
+        raise VjaxValidationError(
+            f"tools={tools!r:.100} must be a list of dicts such as "
+            '{"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}.',
+            parameter="tools",
+            value=tools,
+        )
+    return [dict(tool) for tool in tools] if tools else None

@@ -59,6 +59,7 @@ class SlowTokenizer(Tokenizer):
     def __init__(self, loaded: Any, special_tokens: dict[str, str], chat_templates: dict[str, str], name_or_path: str):
         # The base class's constructor prepares the backend that is missing here.
         self._loaded = loaded
+        self._loaded.truncation_side = "left"
         self.name_or_path = name_or_path
         self.special_tokens_map = special_tokens
         self.chat_templates = chat_templates
@@ -88,8 +89,9 @@ class SlowTokenizer(Tokenizer):
     def get_added_vocab(self) -> dict[str, int]:
         return self._loaded.get_added_vocab()
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return list(self._loaded.encode(text, add_special_tokens=add_special_tokens))
+    def encode(self, text: str, add_special_tokens: bool = True, max_length: int | None = None) -> list[int]:
+        length = {} if max_length is None else {"truncation": True, "max_length": max_length}
+        return list(self._loaded.encode(text, add_special_tokens=add_special_tokens, **length))
 
     def decode(self, token_ids: int | Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._loaded.decode(token_ids, skip_special_tokens=skip_special_tokens)

@@ -81,11 +81,13 @@ class Tokenizer:
         ids = self.encode(text, add_special_tokens)
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, max_length: int | None = None) -> list[int]:
         """Token ids of a text; special tokens that stand in the text become their ids.
 
         Args:
             add_special_tokens: Add what tokenizer.json's post-processor adds, such as BOS.
+            max_length: Most ids, at least 1: the first ones of the text are left out, as Hugging Face does with
+                truncation_side="left". Those that the post-processor adds stay, where they are fewer.
 
         Raises:
             VjaxValidationError: It is not a str, or holds lone surrogates.
@@ -93,13 +95,25 @@ class Tokenizer:
         if not isinstance(text, str):
             raise VjaxValidationError(f"a text to encode must be a str, not {type(text).__name__}.", value=text)
         try:
-            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            if max_length is None:
+                return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            return self._encode_end(text, add_special_tokens, max_length)
         except TypeError as e:
             raise VjaxValidationError(
                 f"the text {text!r:.80} holds a lone surrogate, which is not Unicode text; remove it, for example with "
                 'text.encode("utf-8", "replace").decode().',
                 value=text,
             ) from e
+
+    def _encode_end(self, text: str, add_special_tokens: bool, max_length: int) -> list[int]:
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        num_added = self.backend.num_special_tokens_to_add(False) if add_special_tokens else 0
+        if len(encoding.ids) + num_added <= max_length:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if num_added >= max_length:
+            return encoding.ids[-max_length:]
+        encoding.truncate(max_length - num_added, direction="left")
+        return self.backend.post_process(encoding, None, add_special_tokens).ids if num_added else encoding.ids
 
     def tokenize(self, text: str, add_special_tokens: bool = False) -> list[str]:
         return self.convert_ids_to_tokens(self.encode(text, add_special_tokens))
@@ -162,8 +176,8 @@ class Tokenizer:
         names = ", ".join(sorted(self.chat_templates))
         why = f"has no default chat template, only {names}; name one" if names else "has no chat template; pass one"
         raise VjaxValidationError(
-            f"the tokenizer {self.name_or_path!r} {why} as chat_template=..., or use generate with a prompt that you "
-            "format yourself.",
+            f"the tokenizer {self.name_or_path!r} {why} as chat_template=... (in the shell --chat-template FILE), "
+            "or use generate with a prompt that you format yourself.",
             parameter="chat_template",
         )
 

@@ -16,6 +16,9 @@ from vjax.weights.mapping import TensorInfo
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
+#: What a repository holds in place of a file that was cloned without Git LFS.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
 #: Of safetensors' names.
 _NUMPY_DTYPES = {
     "F64": np.float64,
@@ -76,6 +79,11 @@ def _indexed_files(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
+def _is_lfs_pointer(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+
+
 class Checkpoint:
     """An open checkpoint: `tensors` describes all tensors, `read` gives one. Files stay memory-mapped until `close`,
     and as long as a tensor of theirs is in use.
@@ -104,9 +112,11 @@ class Checkpoint:
             # Not `safe_open`'s own tensors: these are copies, made with the interpreter's lock held.
             data = np.asarray(np.memmap(path, np.uint8, "r"))
         except (SafetensorError, OSError) as error:
+            hint = "It may be truncated; download it again."
+            if isinstance(error, SafetensorError) and _is_lfs_pointer(path):
+                hint = "It is a Git LFS pointer, not the file itself; run `git lfs pull` where it was cloned."
             raise ModelLoadError(
-                f"{path} is no intact safetensors file ({path.stat().st_size} bytes): {error}. It may be truncated; "
-                "download it again."
+                f"{path} is no intact safetensors file ({path.stat().st_size} bytes): {error}. {hint}"
             ) from error
         header.pop("__metadata__", None)
         for name, entry in header.items():

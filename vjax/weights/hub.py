@@ -50,8 +50,9 @@ def _resolve(model: str, revision: str | None, download_dir: str | None, pattern
     if local.is_file():
         raise ModelLoadError(f"Model {model!r} is a file; a Hugging Face model directory is needed.", parameter="model")
     if not _HUB_ID.fullmatch(model):
+        where = "" if local.is_absolute() else f"; a relative path counts from {Path.cwd()}"
         raise ModelLoadError(
-            f"Model {model!r} is neither a directory that exists nor a hub id of the form owner/name.",
+            f"Model {model!r} is neither a directory that exists nor a hub id of the form owner/name{where}.",
             parameter="model",
             value=model,
         )

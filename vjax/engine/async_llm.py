@@ -1,0 +1,335 @@
+"""`AsyncLLM`: many callers at once, each an asynchronous iterator over its own request's outputs.
+
+    generate -> InputProcessor -> EngineClient ==> EngineCore, in a process or thread of its own
+    generate <- OutputCollector <- OutputProcessor <== its outputs
+
+Text is made here, in the client's thread; one lock guards the tables of unfinished requests. Callers may live in any
+number of event loops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+import threading
+import time
+import weakref
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from typing import Any
+
+from vjax import envs
+from vjax.config.engine_args import EngineArgs
+from vjax.config.engine_config import EngineConfig
+from vjax.engine import heap
+from vjax.engine.batch_args import Prompt, check_other_arguments
+from vjax.engine.client import EngineClient, ThreadClient, again, shut_down_error
+from vjax.engine.collector import OutputCollector, wake
+from vjax.engine.input_processor import InputProcessor, ProcessedRequest
+from vjax.engine.output_processor import OutputProcessor
+from vjax.engine.process_client import start_process
+from vjax.engine.protocol import Outputs
+from vjax.engine.recorder import MetricsRecorder
+from vjax.errors import EngineDeadError, VjaxValidationError
+from vjax.log import logger
+from vjax.metrics import Metric
+from vjax.outputs import RequestOutput
+from vjax.sampling_params import RequestOutputKind, SamplingParams
+from vjax.text.tokenizer import Tokenizer
+
+log = logger(__name__)
+
+#: Texts of more characters are tokenised in a thread: the event loop goes on meanwhile.
+_LONG_TEXT = 20_000
+
+
+class AsyncLLM:
+    """An engine that serves concurrent callers.
+
+    Args:
+        args: Engine arguments. A mode that they leave open is the environment's.
+        multiprocess: True: the engine core gets a process of its own, so that this one's Python never delays a step.
+            False: a thread of this process. None: what VJAX_ENABLE_V1_MULTIPROCESSING says, else True.
+
+    Raises:
+        ConfigError, ModelLoadError, OutOfMemoryError: All ValueErrors that say what was got and what to do; the same
+            ones from a process as from a thread.
+        EngineDeadError: The process ended while it started, without a word.
+
+    Use it as a context manager, or call `shutdown`, or drop the last reference, to end the engine.
+    """
+
+    def __init__(self, args: EngineArgs, *, multiprocess: bool | None = None):
+        if multiprocess is None:
+            multiprocess = envs.enable_multiprocessing(default=True)
+        #: Guards everything below that is not set here once and for all.
+        self._lock = threading.Lock()
+        self._collectors: dict[str, OutputCollector] = {}
+        self._dead: EngineDeadError | None = None
+        self._is_shut_down = False
+        self._numbers = itertools.count()
+        self._client: EngineClient
+        self.tokenizer: Tokenizer | None
+        if multiprocess:
+            self._client, self.tokenizer = start_process(args, self._take_outputs, self._engine_died)
+        else:
+            from vjax.engine.builder import build_engine
+
+            built = build_engine(args)
+            self._client = ThreadClient(built.core, built.info, self._take_outputs, self._engine_died)
+            self.tokenizer = built.tokenizer
+        info = self._client.info
+        self.config: EngineConfig = info.config
+        #: Token ids are below it.
+        self.vocab_size: int = info.vocab_size
+        self._inputs = InputProcessor(
+            info.config, vocab_size=info.vocab_size, tokenizer=self.tokenizer, eos_token_ids=info.eos_token_ids
+        )
+        self._recorder: MetricsRecorder | None = None
+        if not info.config.disable_log_stats:
+            self._recorder = MetricsRecorder(info.config.model.max_model_len, info.config.cache)
+        self._outputs = OutputProcessor(self.tokenizer, self._recorder, info.config.stream_interval)
+        self._finalizer = weakref.finalize(self, self._client.shutdown)
+        heap.freeze(self)
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs, *, multiprocess: bool | None = None) -> AsyncLLM:
+        """An engine from its arguments, `AsyncEngineArgs` as a rule."""
+        return cls(engine_args, multiprocess=multiprocess)
+
+    # ---- requests -----------------------------------------------------------------------------------------------
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams,
+        request_id: str,
+        *,
+        priority: int = 0,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        **others: Any,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Completes one prompt; iterate over the result. The request begins with the first iteration, and a caller
+        that stops iterating, by `break` or because its task is cancelled, aborts it.
+
+        Outputs are as `sampling_params.output_kind` says. Those that come while the caller is busy arrive as one: a
+        delta then holds several tokens, and with n > 1 several completions.
+
+        Args:
+            prompt: Text, token ids, or a mapping with "prompt" or "prompt_token_ids" and optionally "cache_salt".
+            request_id: Unique among unfinished requests.
+            priority: Lower runs first under scheduling_policy="priority".
+            tokenization_kwargs: How the prompt becomes token ids, and at most how many; see `TokenizationParams`.
+            others: vLLM's further keywords, such as lora_request: accepted while they ask for nothing.
+
+        Yields:
+            Outputs, of which the last has `finished`; after `abort` its finish_reason is "abort".
+
+        Raises:
+            VjaxValidationError: The request can never run, or its id is in use; nothing of it stays behind.
+            EngineDeadError: The engine has ended, or ended meanwhile.
+        """
+        check_other_arguments("generate", others, "AsyncLLM")
+        arrival_time = time.monotonic()
+        self._check_alive()
+        process = functools.partial(
+            self._inputs.process,
+            request_id,
+            prompt,
+            sampling_params,
+            priority=priority,
+            arrival_time=arrival_time,
+            tokenization_kwargs=tokenization_kwargs,
+        )
+        processed = await asyncio.to_thread(process) if _is_long(prompt) else process()
+        collector = self._add(processed)
+        finished = False
+        try:
+            while not finished:
+                output = await collector.get()
+                finished = output.finished
+                yield output
+        finally:
+            if not finished:
+                self._drop(request_id, collector)
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """Ends requests. Their callers get a last output with what there is, finish_reason "abort". Unknown and
+        finished ids are ignored."""
+        request_ids = [request_id] if isinstance(request_id, str) else list(request_id)
+        with self._lock:
+            ended = self._outputs.abort_outputs(request_ids)
+            core_ids = [output.request_id for output in ended]
+            shown, _ = self._outputs.process(ended)
+            waiters = self._deliver(shown)
+        self._client.abort_requests(core_ids)
+        self._wake(waiters)
+
+    def _add(self, processed: ProcessedRequest) -> OutputCollector:
+        request_id = processed.request_id
+        for request in processed.requests:
+            # Outputs of an aborted request, which may still be on the way, are not those of a later one of its id.
+            request.request_id = f"{next(self._numbers)}:{request.request_id}"
+        delta = processed.params.output_kind is RequestOutputKind.DELTA
+        collector = OutputCollector(asyncio.get_running_loop(), delta=delta)
+        with self._lock:
+            self._check_alive()
+            if self._outputs.has_request(request_id):
+                raise VjaxValidationError(
+                    f"request_id {request_id!r} is in use by an unfinished request; choose another or abort that one.",
+                    parameter="request_id",
+                    value=request_id,
+                )
+            if self._recorder is not None:
+                self._recorder.queue(processed)
+            self._client.add_requests(processed.requests)
+            self._outputs.add_request(processed)
+            self._collectors[request_id] = collector
+        return collector
+
+    def _drop(self, request_id: str, collector: OutputCollector) -> None:
+        """Nobody waits for the request any more."""
+        with self._lock:
+            if self._collectors.get(request_id) is not collector:
+                return  # finished, or lost with the engine
+            del self._collectors[request_id]
+            core_ids = self._outputs.abort([request_id])
+        self._client.abort_requests(core_ids)
+
+    def get_num_unfinished_requests(self) -> int:
+        return len(self._collectors)
+
+    # ---- from the client's thread -------------------------------------------------------------------------------
+
+    def _take_outputs(self, message: Outputs) -> None:
+        with self._lock:
+            shown, to_abort = self._outputs.process(message.outputs)
+            if self._recorder is not None and message.stats is not None:
+                self._recorder.record_step(message.stats)
+            waiters = self._deliver(shown)
+        self._client.abort_requests(to_abort)
+        self._wake(waiters)
+
+    def _engine_died(self, error: EngineDeadError) -> None:
+        with self._lock:
+            self._dead = error
+        self._fail_all(error)
+
+    def _fail_all(self, error: EngineDeadError) -> None:
+        """Every waiter gets the error, and every table is emptied."""
+        waiters: _Waiters = {}
+        with self._lock:
+            collectors, self._collectors = self._collectors, {}
+            self._outputs.abort(list(collectors))
+            for collector in collectors.values():
+                _put(waiters, collector, again(error))
+        self._wake(waiters)
+
+    def _deliver(self, outputs: Sequence[RequestOutput]) -> _Waiters:
+        """Puts outputs where their callers find them; returns the callers that sleep. The lock is held."""
+        waiters: _Waiters = {}
+        for output in outputs:
+            find = self._collectors.pop if output.finished else self._collectors.get
+            collector = find(output.request_id, None)
+            assert collector is not None, output.request_id
+            _put(waiters, collector, output)
+        return waiters
+
+    def _wake(self, waiters: _Waiters) -> None:
+        for loop, sleeping in waiters.items():
+            try:
+                loop.call_soon_threadsafe(wake, sleeping)
+            except RuntimeError:  # the loop was closed, with its callers
+                log.debug("an event loop was closed before the requests of its callers were finished")
+
+    # ---- the rest -----------------------------------------------------------------------------------------------
+
+    def get_tokenizer(self) -> Tokenizer:
+        """Raises: VjaxValidationError when the engine was built with skip_tokenizer_init=True."""
+        if self.tokenizer is None:
+            raise VjaxValidationError("There is no tokenizer: the engine was created with skip_tokenizer_init=True.")
+        return self.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """vLLM's defaults, overridden by the model's generation_config.json."""
+        return self._inputs.default_sampling_params()
+
+    async def get_metrics(self) -> list[Metric]:
+        """As `LLM.get_metrics`.
+
+        Raises:
+            VjaxValidationError: The engine was created with disable_log_stats=True.
+        """
+        if self._recorder is None:
+            raise VjaxValidationError("Metrics are off: create the engine with disable_log_stats=False.")
+        stats = await self._call("stats")
+        with self._lock:
+            return self._recorder.snapshot(stats)
+
+    async def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
+        """Forgets all cached prefixes; False (with a warning) while requests hold blocks."""
+        done = await self._call("reset_prefix_cache", reset_running_requests)
+        if not done:
+            log.warning("the prefix cache was not reset: unfinished requests hold blocks; finish or abort them first")
+        return done
+
+    async def check_health(self) -> None:
+        """Raises: EngineDeadError when the engine has ended."""
+        self._check_alive()
+
+    @property
+    def is_running(self) -> bool:
+        """Requests are served."""
+        return self._dead is None and not self._is_shut_down
+
+    @property
+    def is_stopped(self) -> bool:
+        return not self.is_running
+
+    @property
+    def errored(self) -> bool:
+        """The engine ended by itself: what vLLM's servers exit on."""
+        return self._dead is not None
+
+    @property
+    def dead_error(self) -> EngineDeadError:
+        """What every further request would get."""
+        return again(self._dead or shut_down_error())
+
+    def shutdown(self) -> None:
+        """Ends the engine; whoever still waits gets an EngineDeadError. May be called more than once."""
+        with self._lock:
+            self._is_shut_down = True
+        self._fail_all(shut_down_error())
+        self._finalizer()
+
+    def __enter__(self) -> AsyncLLM:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.shutdown()
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        return await asyncio.wrap_future(self._client.call(method, *arguments))
+
+    def _check_alive(self) -> None:
+        if not self.is_running:
+            raise self.dead_error
+
+
+#: The name under which vLLM's users know it as well.
+AsyncLLMEngine = AsyncLLM
+
+#: Callers that sleep, by their event loops.
+_Waiters = dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]]
+
+
+def _put(waiters: _Waiters, collector: OutputCollector, output: RequestOutput | BaseException) -> None:
+    waiter = collector.put(output)
+    if waiter is not None:
+        waiters.setdefault(collector.loop, []).append(waiter)
+
+
+def _is_long(prompt: Any) -> bool:
+    text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
+    return isinstance(text, str) and len(text) > _LONG_TEXT
