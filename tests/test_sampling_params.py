@@ -122,7 +122,6 @@ def test_repetition_detection_may_be_a_mapping():
 @pytest.mark.parametrize(
     ("name", "value", "default"),
     [
-        ("prompt_logprobs", 1, "None"),
         ("prompt_logprob_token_ids", [1], "None"),
         ("prompt_logprob_start", 0, "None"),
         ("flat_logprobs", True, "False"),

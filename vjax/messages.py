@@ -36,12 +36,12 @@ class EngineRequest:
     #: Lower runs first under the "priority" policy.
     priority: int = 0
     cache_salt: str | None = None
-    #: SamplingParams.bad_words as sequences of tokens.
-    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     #: Where the scheduler notes what it alone sees: first admission, cached tokens, preemptions. None: nobody asks.
     metrics: RequestMetrics | None = None
     #: EOS ids that ignore_eos makes ordinary tokens.
     ignored_eos_token_ids: tuple[int, ...] = ()
+    #: SamplingParams.bad_words as sequences of tokens.
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(slots=True)

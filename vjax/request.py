@@ -70,7 +70,7 @@ class Request:
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     #: Whether each token comes with log probabilities.
     wants_logprobs: bool = False
-    #: Log probabilities of the prompt's tokens from the second one on, as far as they have arrived; None if nobody asked.
+    #: Log probabilities of the prompt's tokens from the second one on, as far as they have arrived; None: nobody asked.
     prompt_logprobs: list[SampledLogprobs] | None = None
     #: Prompt tokens, with the first one, whose log probabilities have arrived or will with a dispatched step.
     num_scored_tokens: int = 1

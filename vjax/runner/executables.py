@@ -31,7 +31,7 @@ from vjax.runner.programs import (
     sample_buckets,
 )
 from vjax.runner.step import SCORED_TOKENS, Step
-from vjax.sample.sampler import Feature, Variant
+from vjax.sample.sampler import NO_FEATURES, Feature, Variant
 
 log = logger(__name__)
 
@@ -85,7 +85,7 @@ class Executables:
         """The executable that scores prompt tokens of a forward of `num_tokens`."""
         return self._serve(ScoreBucket(num_tokens, with_all))
 
-    def sample_for(self, num_rows: int, variant: Variant, features: Feature = Feature(0)) -> Any:
+    def sample_for(self, num_rows: int, variant: Variant, features: Feature = NO_FEATURES) -> Any:
         """The executable that samples `num_rows` rows, at least as capable as `variant`, and with these features."""
         if features:
             return self._serve(feature_bucket(self.buckets.sample, num_rows, features))

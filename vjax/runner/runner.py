@@ -15,14 +15,14 @@ import numpy as np
 from vjax.errors import EngineStepError
 from vjax.messages import RowInit, SchedulerOutput, StepLogprobs, StepOutput
 from vjax.parallel.sharding import named_sharding
-from vjax.runner.executables import Executables
 from vjax.runner.buckets import ForwardBucket
+from vjax.runner.executables import Executables
 from vjax.runner.memory import allocate
 from vjax.runner.packing import UpdateLayout, has_processor_state
 from vjax.runner.programs import SampleBucket, ScoreBucket
 from vjax.runner.rows import MAX_MASKED_IDS
 from vjax.runner.step import SCORED_TOKENS, LogprobsLayout
-from vjax.sample.sampler import GREEDY_TEMPERATURE, Feature, Variant
+from vjax.sample.sampler import GREEDY_TEMPERATURE, NO_FEATURES, Feature, Variant
 
 _VARIANT_BITS = 2
 
@@ -203,11 +203,11 @@ class ModelRunner:
             features = row_features(init, self.step.logprobs_layout.num_top)
             self._row_code[init.row] = row_variant(init) | features << _VARIANT_BITS
         if not scheduled.num_sampled:
-            return Variant.GREEDY, Feature(0)
+            return Variant.GREEDY, NO_FEATURES
         codes = self._row_code[scheduled.rows[: scheduled.num_sampled]]
         largest = int(codes.max())
         if largest < 1 << _VARIANT_BITS:
-            return Variant(largest), Feature(0)
+            return Variant(largest), NO_FEATURES
         return Variant.FULL, Feature(int(np.bitwise_or.reduce(codes)) >> _VARIANT_BITS)
 
     def _processor_state(self) -> Any:
@@ -250,7 +250,7 @@ def _delete(arrays: Any) -> None:
 def row_features(init: RowInit, num_top: int) -> Feature:
     """What one request asks for beside a token, of programs that find the `num_top` most probable ones."""
     p = init.sampling_params
-    features = Feature(0)
+    features = NO_FEATURES
     if p.has_penalties or p.logit_bias or p.allowed_token_ids or init.bad_words_token_ids:
         features |= Feature.PROCESSORS
     if p.wants_logprobs:

@@ -42,6 +42,9 @@ class Feature(enum.IntFlag):
     ALL_LOGPROBS = 4
 
 
+NO_FEATURES = Feature(0)
+
+
 def gumbel_noise(seed_low: jax.Array, seed_high: jax.Array, position: jax.Array, vocab_size: int) -> jax.Array:
     """Standard Gumbel noise f32 [R, vocab_size] for seeds u32 [R], [R] and positions i32 [R]."""
 
