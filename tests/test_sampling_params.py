@@ -61,6 +61,20 @@ def test_tiny_temperatures_are_raised():
         ({"stop_token_ids": [3, -1]}, ["stop_token_ids=[3, -1]", "-1 is not one"]),
         ({"stop_token_ids": 3}, ["stop_token_ids=3", "list of token ids"]),
         ({"ignore_eos": 1}, ["ignore_eos=1", "True or False"]),
+        ({"presence_penalty": 2.1}, ["presence_penalty=2.1", "[-2.0, 2.0]", "0 to switch it off"]),
+        ({"frequency_penalty": "a"}, ["frequency_penalty='a'", "[-2.0, 2.0]"]),
+        ({"repetition_penalty": 0}, ["repetition_penalty=0", "(0.0, ", "1 to switch it off"]),
+        ({"logprobs": -2}, ["logprobs=-2", "at least -1", "-1 for the whole vocabulary"]),
+        ({"logprob_token_ids": list(range(129))}, ["logprob_token_ids", "129 ids", "at most 128", "logprobs=-1"]),
+        ({"logit_bias": [1]}, ["logit_bias=[1]", "must map token ids to numbers"]),
+        ({"logit_bias": {"a": 1}}, ["logit_bias={'a': 1}", "'a': 1 is not such a pair"]),
+        ({"logit_bias": {-1: 1}}, ["-1: 1 is not such a pair"]),
+        ({"logit_bias": {1: float("nan")}}, ["1: nan is not such a pair"]),
+        ({"logit_bias": dict.fromkeys(range(1025), 1)}, ["logit_bias", "1025 ids", "at most 1024"]),
+        ({"allowed_token_ids": []}, ["allowed_token_ids=[]", "leaves no token", "None to allow all"]),
+        ({"allowed_token_ids": [-1]}, ["allowed_token_ids=[-1]", "-1 is not one"]),
+        ({"bad_words": [""]}, ["bad_words=['']", "empty string"]),
+        ({"bad_words": ["x"] * 129}, ["bad_words", "129 texts", "at most 128"]),
         ({"output_kind": "delta"}, ["output_kind='delta'", "RequestOutputKind.DELTA"]),
         ({"stream_interval": 0}, ["stream_interval=0", "at least 1", "None or 1"]),
         ({"stream_interval": 2.0}, ["stream_interval=2.0", "integer"]),
@@ -108,19 +122,10 @@ def test_repetition_detection_may_be_a_mapping():
 @pytest.mark.parametrize(
     ("name", "value", "default"),
     [
-        ("presence_penalty", 0.5, "0.0"),
-        ("frequency_penalty", -1.0, "0.0"),
-        ("repetition_penalty", 1.1, "1.0"),
-        ("logprobs", 0, "None"),
-        ("prompt_logprobs", 1, "None"),
-        ("logprob_token_ids", [1], "None"),
         ("prompt_logprob_token_ids", [1], "None"),
         ("prompt_logprob_start", 0, "None"),
         ("flat_logprobs", True, "False"),
         ("structured_outputs", {"regex": "a"}, "None"),
-        ("logit_bias", {1: 2.0}, "None"),
-        ("allowed_token_ids", [1], "None"),
-        ("bad_words", ["x"], "None"),
         ("thinking_token_budget", 1, "None"),
         ("extra_args", {"a": 1}, "None"),
         ("watermarking", {}, "None"),
@@ -139,6 +144,10 @@ def test_unsupported_fields_exist_and_are_refused(name, value, default):
 def test_unsupported_fields_accept_what_asks_for_nothing():
     p = SamplingParams(presence_penalty=0, repetition_penalty=1, bad_words=[], logit_bias={}, extra_args={})
     assert p == SamplingParams()
+
+
+def test_biases_are_clamped_and_json_keys_are_numbers():
+    assert SamplingParams(logit_bias={"3": 1000, 4: -200.5}).logit_bias == {3: 100.0, 4: -100.0}  # pyright: ignore
 
 
 def test_clone_shares_nothing_and_validates_again():

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
     from vjax.llm import LLM
     from vjax.models.registry import ModelRegistry
-    from vjax.outputs import CompletionOutput, RequestOutput
+    from vjax.outputs import CompletionOutput, Logprob, RequestOutput
     from vjax.parsers.registry import reasoning_parser, tool_parser
     from vjax.sampling_params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
 
@@ -37,6 +37,7 @@ _MODULES = {
     "EngineArgs": "vjax.config.engine_args",
     "EngineDeadError": "vjax.errors",
     "EngineStepError": "vjax.errors",
+    "Logprob": "vjax.outputs",
     "ModelLoadError": "vjax.errors",
     "ModelRegistry": "vjax.models.registry",
     "OutOfMemoryError": "vjax.errors",
@@ -59,6 +60,7 @@ __all__ = [
     "EngineArgs",
     "EngineDeadError",
     "EngineStepError",
+    "Logprob",
     "ModelLoadError",
     "ModelRegistry",
     "OutOfMemoryError",

@@ -9,9 +9,11 @@ may cross to another process: `vjax/engine/protocol.py` names what of them does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import msgspec
+import numpy as np
 
 from vjax.outputs import RequestMetrics
 from vjax.sampling_params import SamplingParams
@@ -38,6 +40,8 @@ class EngineRequest:
     metrics: RequestMetrics | None = None
     #: EOS ids that ignore_eos makes ordinary tokens.
     ignored_eos_token_ids: tuple[int, ...] = ()
+    #: SamplingParams.bad_words as sequences of tokens.
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(slots=True)
@@ -52,6 +56,8 @@ class RowInit:
     num_prompt_tokens: int
     #: Ids that min_tokens masks: EOS (with ignore_eos too) and stop_token_ids. Empty unless min_tokens > 0.
     masked_token_ids: tuple[int, ...] = ()
+    #: As in `EngineRequest`.
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(slots=True)
@@ -75,6 +81,12 @@ class SchedulerOutput:
     block_rows: list[int] = field(default_factory=list)
     block_columns: list[int] = field(default_factory=list)
     block_ids: list[int] = field(default_factory=list)
+    #: Prompt tokens whose log probabilities are wanted: where in the flat batch the token before each of them is, and
+    #: their ids.
+    scored_indices: list[int] = field(default_factory=list)
+    scored_token_ids: list[int] = field(default_factory=list)
+    #: Most probable ids that are wanted with each of them; -1: all.
+    scored_num_top: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -87,6 +99,70 @@ class StepOutput:
 
     step_id: int
     sampled_token_ids: list[int]
+    #: Of all of them, when one of the requests asked for log probabilities.
+    logprobs: StepLogprobs | None = None
+    #: Of `SchedulerOutput.scored_token_ids`, in their order.
+    scored: StepLogprobs | None = None
+
+
+@dataclass(slots=True)
+class StepLogprobs:
+    """Log probabilities (or logits, as logprobs_mode says) of the N tokens of one step."""
+
+    #: f32 [N].
+    logprobs: np.ndarray
+    #: i32 [N], from 1.
+    ranks: np.ndarray
+    #: i32 [N, K], the K most probable ids, most probable first.
+    top_ids: np.ndarray
+    #: f32 [N, K].
+    top_logprobs: np.ndarray
+    #: f32 [N, E], of the request's logprob_token_ids.
+    named_logprobs: np.ndarray
+    #: f32 [N, vocab_size], when a request asked for those of all ids.
+    all_logprobs: np.ndarray | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[StepLogprobs]) -> StepLogprobs:
+        """One after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        names = ("logprobs", "ranks", "top_ids", "top_logprobs", "named_logprobs")
+        joined = cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+        every = [part.all_logprobs for part in parts if part.all_logprobs is not None]
+        joined.all_logprobs = np.concatenate(every) if every else None
+        return joined
+
+    def of(self, i: int, num_top: int | None, named: Sequence[int] = ()) -> SampledLogprobs:
+        """What the request behind the i-th token asked for.
+
+        Args:
+            num_top: Its `logprobs` or `prompt_logprobs`.
+            named: Its `logprob_token_ids`.
+        """
+        k = num_top or 0
+        if 0 <= k <= self.top_ids.shape[1]:
+            top = self.top_ids[i, :k].tolist(), self.top_logprobs[i, :k].tolist()
+        else:
+            assert self.all_logprobs is not None
+            ids = np.argsort(-self.all_logprobs[i], kind="stable")[: k if k > 0 else None]
+            top = ids.tolist(), self.all_logprobs[i, ids].tolist()
+        named_logprobs = self.named_logprobs[i, : len(named)].tolist()
+        return SampledLogprobs(float(self.logprobs[i]), int(self.ranks[i]), *top, list(named), named_logprobs)
+
+
+@dataclass(slots=True)
+class SampledLogprobs:
+    """Of one token."""
+
+    logprob: float
+    rank: int
+    #: The most probable ids, as many as asked for.
+    top_ids: list[int]
+    top_logprobs: list[float]
+    #: The request's logprob_token_ids.
+    named_ids: list[int]
+    named_logprobs: list[float]
 
 
 class EngineOutput(msgspec.Struct, array_like=True, gc=False):
@@ -102,3 +178,7 @@ class EngineOutput(msgspec.Struct, array_like=True, gc=False):
     num_cached_tokens: int = 0
     #: Why the request failed, when finish_reason is "error".
     error: str | None = None
+    #: One per new token, if asked for.
+    new_logprobs: list[SampledLogprobs] | None = None
+    #: With the first token: of each token of the prompt but the first, if asked for.
+    prompt_logprobs: list[SampledLogprobs] | None = None

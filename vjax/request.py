@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from vjax.messages import EngineRequest
+from vjax.messages import EngineRequest, SampledLogprobs
 from vjax.outputs import RequestMetrics
 from vjax.sampling_params import SamplingParams
 
@@ -66,6 +66,14 @@ class Request:
     num_preemptions: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    #: SamplingParams.bad_words as sequences of tokens.
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    #: Whether each token comes with log probabilities.
+    wants_logprobs: bool = False
+    #: Log probabilities of the prompt's tokens from the second one on, as far as they have arrived; None: nobody asked.
+    prompt_logprobs: list[SampledLogprobs] | None = None
+    #: Prompt tokens, with the first one, whose log probabilities have arrived or will with a dispatched step.
+    num_scored_tokens: int = 1
     #: The front end's record of it; None with disable_log_stats.
     metrics: RequestMetrics | None = None
 
@@ -89,6 +97,9 @@ class Request:
             priority=r.priority,
             cache_salt=r.cache_salt,
             metrics=r.metrics,
+            bad_words_token_ids=r.bad_words_token_ids,
+            wants_logprobs=r.sampling_params.wants_logprobs,
+            prompt_logprobs=None if r.sampling_params.prompt_logprobs is None else [],
             max_num_tokens=max_num_tokens,
             stop_ids=params.all_stop_token_ids.union(eos),
             ignored_eos_token_ids=r.ignored_eos_token_ids,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import NoneType
@@ -20,6 +21,10 @@ MIN_TEMPERATURE = 0.01
 MAX_TEMPERATURE = 2.0
 #: Upper limit of `n`.
 MAX_N = 16384
+MAX_LOGIT_BIASES = 1024
+MAX_LOGIT_BIAS = 100.0
+MAX_BAD_WORDS = 128
+MAX_LOGPROB_TOKEN_IDS = 128
 
 _log = logger("sampling_params")
 
@@ -87,8 +92,11 @@ class SamplingParams:
 
     #: Completions per prompt, 1..16384; must be 1 when greedy. Completion i is drawn with `seed + i`.
     n: int = 1
+    #: Subtracted from the logit of every token that is in the output, in [-2, 2].
     presence_penalty: float = 0.0
+    #: Subtracted as often as the token is in the output, in [-2, 2].
     frequency_penalty: float = 0.0
+    #: Divides positive and multiplies negative logits of tokens in prompt or output; above 0, 1 is off.
     repetition_penalty: float = 1.0
     #: 0 (greedy) to 2; values in (0, 0.01) are raised to 0.01.
     temperature: float = 1.0
@@ -110,8 +118,12 @@ class SamplingParams:
     max_tokens: int | None = 16
     #: Before this many tokens EOS and `stop_token_ids` cannot be drawn and `stop` is not searched.
     min_tokens: int = 0
+    #: Most probable tokens whose log probabilities come with each token, beside the token's own: 0 for that alone, up
+    #: to the engine's max_logprobs, -1 for the whole vocabulary.
     logprobs: int | None = None
+    #: The same for the tokens of the prompt, but the first. The prompt's blocks are not taken from the prefix cache.
     prompt_logprobs: int | None = None
+    #: At most 128 ids whose log probabilities come with each token.
     logprob_token_ids: list[int] | None = None
     prompt_logprob_token_ids: list[int] | None = None
     prompt_logprob_start: int | None = None
@@ -126,8 +138,11 @@ class SamplingParams:
     #: engine's `stream_interval`: the engine's.
     stream_interval: int | None = None
     structured_outputs: Any = None
+    #: Token id -> what is added to its logit, clamped to [-100, 100]; at most 1024.
     logit_bias: dict[int, float] | None = None
+    #: No other token is drawn.
     allowed_token_ids: list[int] | None = None
+    #: At most 128 texts that the output must not contain, each with and without a space before it.
     bad_words: list[str] | None = None
     #: Compute the whole prompt, also what the prefix cache has; its blocks are cached for others all the same.
     skip_reading_prefix_cache: bool | None = None
@@ -143,6 +158,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         self._refuse_unsupported()
         self._check_sampling()
+        self._check_processors()
+        self._check_logprobs()
         self._check_lengths()
         self._check_text_options()
         self._check_host_options()
@@ -167,6 +184,15 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         return self.temperature < GREEDY_TEMPERATURE
+
+    @property
+    def has_penalties(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether each token of the output comes with log probabilities."""
+        return self.logprobs is not None or bool(self.logprob_token_ids)
 
     @property
     def all_stop_token_ids(self) -> frozenset[int]:
@@ -218,6 +244,35 @@ class SamplingParams:
             seed = _int(self, "seed", -(2**63), 2**63 - 1, "use None (null in YAML) to have one drawn")
             self.seed = None if seed == -1 else seed
 
+    def _check_processors(self) -> None:
+        self.presence_penalty = _float(self, "presence_penalty", -2.0, 2.0, "use 0 to switch it off")
+        self.frequency_penalty = _float(self, "frequency_penalty", -2.0, 2.0, "use 0 to switch it off")
+        self.repetition_penalty = _float(
+            self, "repetition_penalty", 0.0, sys.float_info.max, "use 1 to switch it off", low_open=True
+        )
+        self.logit_bias = _biases(self.logit_bias)
+        if self.allowed_token_ids is not None:
+            self.allowed_token_ids = _token_ids("allowed_token_ids", self.allowed_token_ids)
+            if not self.allowed_token_ids:
+                raise _error("allowed_token_ids", [], "leaves no token to draw; use None to allow all")
+        self.bad_words = _strings("bad_words", self.bad_words) or None
+        if self.bad_words and len(self.bad_words) > MAX_BAD_WORDS:
+            what = f"are {len(self.bad_words)} texts; at most {MAX_BAD_WORDS} are allowed"
+            raise _error("bad_words", f"{self.bad_words[:3]}...", what)
+
+    def _check_logprobs(self) -> None:
+        if self.logprobs is not None:
+            hint = "use 0 for the sampled tokens alone, -1 for the whole vocabulary, None for none"
+            self.logprobs = _int(self, "logprobs", -1, None, hint)
+        if self.prompt_logprobs is not None:
+            hint = "use 0 for the prompt's tokens alone, -1 for the whole vocabulary, None for none"
+            self.prompt_logprobs = _int(self, "prompt_logprobs", -1, None, hint)
+        if self.logprob_token_ids is not None:
+            ids = self.logprob_token_ids = _token_ids("logprob_token_ids", self.logprob_token_ids) or None
+            if ids and len(ids) > MAX_LOGPROB_TOKEN_IDS:
+                what = f"are {len(ids)} ids; at most {MAX_LOGPROB_TOKEN_IDS} are allowed; logprobs=-1 gives all"
+                raise _error("logprob_token_ids", f"{ids[:3]}...", what)
+
     def _check_lengths(self) -> None:
         if self.max_tokens is not None:
             hint = "use None (null in YAML) for as many tokens as fit in the model's context"
@@ -265,6 +320,8 @@ _BOOLEANS = (
 
 _SUPPORTED = {"n", "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "min_tokens"}
 _SUPPORTED |= {"stop", "stop_token_ids", "output_kind", *_BOOLEANS}
+_SUPPORTED |= {"presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids"}
+_SUPPORTED |= {"bad_words", "logprobs", "prompt_logprobs", "logprob_token_ids"}
 _SUPPORTED |= {"stream_interval", "skip_reading_prefix_cache", "repetition_detection"}
 _UNSUPPORTED = {f.name: f.default for f in dataclasses.fields(SamplingParams) if f.name not in _SUPPORTED}
 #: Defaults as they are after construction.
@@ -272,7 +329,7 @@ _REPR_DEFAULTS = [
     (f.name, [] if f.name in ("stop", "stop_token_ids") else f.default) for f in dataclasses.fields(SamplingParams)
 ]
 #: Fields where an empty value asks for nothing.
-_EMPTY_IS_DEFAULT = {"bad_words", "logit_bias", "extra_args"}
+_EMPTY_IS_DEFAULT = {"extra_args"}
 
 
 def _error(name: str, value: object, what: str) -> VjaxValidationError:
@@ -321,6 +378,28 @@ def _strings(name: str, value: Any) -> list[str]:
     if "" in strings:
         raise _error(name, value, "contains an empty string, which would match everywhere; remove it")
     return list(strings)
+
+
+def _biases(value: Any) -> dict[int, float] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise _error("logit_bias", value, "must map token ids to numbers")
+    biases: dict[int, float] = {}
+    for token_id, bias in value.items():
+        try:  # JSON has strings for keys
+            number, amount = int(token_id), float(bias)
+        except (TypeError, ValueError, OverflowError):
+            number, amount = -1, math.nan
+        if number < 0 or math.isnan(amount) or isinstance(token_id, (bool, float)):
+            raise _error(
+                "logit_bias", value, f"must map token ids to numbers; {token_id!r}: {bias!r} is not such a pair"
+            )
+        biases[number] = min(max(amount, -MAX_LOGIT_BIAS), MAX_LOGIT_BIAS)
+    if len(biases) > MAX_LOGIT_BIASES:
+        what = f"has {len(biases)} ids; at most {MAX_LOGIT_BIASES} are allowed; allowed_token_ids takes any number"
+        raise _error("logit_bias", "{...}", what)
+    return biases or None
 
 
 def _token_ids(name: str, value: Any) -> list[int]:

@@ -42,6 +42,17 @@ def _passes(keyword: str, allowed: Any, value: Any, schema: dict[str, Any]) -> b
             return not isinstance(value, str) or re.search(allowed, value) is not None
         case "minItems":
             return not isinstance(value, list) or len(value) >= allowed
+        case "maxItems":
+            return not isinstance(value, list) or len(value) <= allowed
+        case "maxProperties":
+            return not isinstance(value, dict) or len(value) <= allowed
+        case "patternProperties":
+            return not isinstance(value, dict) or all(
+                accepts(one, item)
+                for pattern, one in allowed.items()
+                for name, item in value.items()
+                if re.search(pattern, str(name))
+            )
         case "items":
             return not isinstance(value, list) or all(accepts(allowed, item) for item in value)
         case "required":
@@ -50,7 +61,10 @@ def _passes(keyword: str, allowed: Any, value: Any, schema: dict[str, Any]) -> b
             return not isinstance(value, dict) or all(accepts(allowed[k], v) for k, v in value.items() if k in allowed)
         case "additionalProperties":
             assert allowed is False
-            return not isinstance(value, dict) or set(value) <= set(schema["properties"])
+            known, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
+            return not isinstance(value, dict) or all(
+                name in known or any(re.search(pattern, str(name)) for pattern in patterns) for name in value
+            )
         case "anyOf":
             return any(accepts(one, value) for one in allowed)
     assert keyword in _ANNOTATIONS, keyword

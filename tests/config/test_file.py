@@ -66,7 +66,7 @@ def test_all_problems_come_at_once_with_the_nearest_key(write):
     path = write("""
 engin: {model: a}
 engine: {max_num_seq: 8, block_size: 8, tensor_parallel_size: 2, enable_prefix_caching: "maybe"}
-sampling: {temprature: 0, top_p: 3, max_tokens: "x", presence_penalty: 1.0}
+sampling: {temprature: 0, top_p: 3, max_tokens: "x", prompt_logprob_start: 1}
 prompts: [a, 3, {prompts: b}, {prompt: ""}, {messages: [1]}, ""]
 output: 3
 """)
@@ -84,7 +84,7 @@ output: 3
         "sampling.temprature: unknown key; did you mean temperature?",
         "sampling.top_p=3 must be a number in (0.0, 1.0]",
         "sampling.max_tokens='x' must be an integer at least 1",
-        "sampling.presence_penalty=1.0 is not supported yet",
+        "sampling.prompt_logprob_start=1 is not supported yet",
         "prompts[1]: 3 must be a text",
         "prompts[2]: unknown key 'prompts'; did you mean prompt?",
         "prompts[3]: prompt='' must be a non-empty text",

@@ -139,8 +139,8 @@ def test_lists_that_do_not_fit_the_prompts(llm, still_works, kwargs, parts):
         ({"stop": ""}, ["stop=''", "empty string"]),
         ({"stop": [1]}, ["stop=[1]", "list of strings"]),
         ({"stop_token_ids": ["a"]}, ["stop_token_ids=['a']", "'a' is not one"]),
-        ({"logprobs": 1}, ["logprobs=1", "not supported yet"]),
-        ({"presence_penalty": 0.5}, ["presence_penalty=0.5", "not supported yet"]),
+        ({"prompt_logprob_start": 1}, ["prompt_logprob_start=1", "not supported yet"]),
+        ({"presence_penalty": 3}, ["presence_penalty=3", "[-2.0, 2.0]"]),
         ({"structured_outputs": {}}, ["structured_outputs", "not supported yet"]),
     ],
 )

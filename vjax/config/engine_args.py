@@ -11,7 +11,7 @@ from typing import Any
 from vjax import envs
 from vjax.config import checks, vllm_args
 from vjax.config.cache import CacheConfig
-from vjax.config.engine_config import EngineConfig, LoadConfig, ModelConfig
+from vjax.config.engine_config import DEFAULT_MAX_LOGPROBS, EngineConfig, LoadConfig, ModelConfig
 from vjax.config.generation import resolve_generation
 from vjax.config.resolve import (
     DTYPE_ALIASES,
@@ -87,6 +87,11 @@ class EngineArgs:
     scheduling_policy: SchedulingPolicy = "fcfs"
     #: None: on in V1; V0 cannot.
     async_scheduling: bool | None = None
+    #: Most log probabilities that a request may ask for with each token; -1: of the whole vocabulary.
+    max_logprobs: int = DEFAULT_MAX_LOGPROBS
+    #: "raw_logprobs" (of the model's own logits), "processed_logprobs" (of those that the token was drawn from),
+    #: "raw_logits" or "processed_logits".
+    logprobs_mode: str = "raw_logprobs"
     #: Tokens between two streamed outputs of a request, after its first; requests may ask for more.
     stream_interval: int = 1
     #: Keep no metrics and log no throughput.
@@ -191,6 +196,8 @@ class EngineArgs:
             max_model_len=resolve_max_model_len(self.max_model_len, arch),
             default_sampling_params=defaults.sampling_params,
             generation_eos_token_ids=defaults.eos_token_ids,
+            max_logprobs=self.max_logprobs,
+            logprobs_mode=self.logprobs_mode,
         )
 
 
@@ -253,6 +260,8 @@ CHECKS: dict[str, checks.Check] = {
     "long_prefill_token_threshold": checks.integer(0),
     "scheduling_policy": checks.choice("fcfs", "priority"),
     "async_scheduling": _optional_bool,
+    "max_logprobs": checks.integer(-1),
+    "logprobs_mode": checks.choice("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"),
     "stream_interval": checks.integer(1),
     "disable_log_stats": checks.boolean,
     "use_v1": _optional_bool,

@@ -9,6 +9,8 @@ from typing import Any
 from vjax.config.cache import CacheConfig
 from vjax.config.scheduler import SchedulerConfig
 
+DEFAULT_MAX_LOGPROBS = 20
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -29,6 +31,11 @@ class ModelConfig:
     #: Every id that ends a sequence according to generation_config.json (config.json where it names none), in file
     #: order; empty with generation_config="vllm". Those besides the tokenizer's own EOS act like `stop_token_ids`.
     generation_eos_token_ids: tuple[int, ...] = ()
+    #: Most log probabilities that a request may ask for with each token; -1: of the whole vocabulary.
+    max_logprobs: int = DEFAULT_MAX_LOGPROBS
+    #: Of what they are: "raw_logprobs", "raw_logits" (before anything is done to the logits), "processed_logprobs" or
+    #: "processed_logits" (what the token was drawn from).
+    logprobs_mode: str = "raw_logprobs"
 
 
 @dataclass(frozen=True)

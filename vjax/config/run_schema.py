@@ -14,7 +14,15 @@ from typing import Any
 from vjax.config import vllm_args
 from vjax.config.engine_args import CHECKS, EngineArgs
 from vjax.config.file import ENGINE_DEFAULTS, SAMPLING_FIELDS
-from vjax.sampling_params import MAX_N, MAX_TEMPERATURE, RepetitionDetectionParams, SamplingParams
+from vjax.sampling_params import (
+    MAX_BAD_WORDS,
+    MAX_LOGIT_BIASES,
+    MAX_LOGPROB_TOKEN_IDS,
+    MAX_N,
+    MAX_TEMPERATURE,
+    RepetitionDetectionParams,
+    SamplingParams,
+)
 
 _TEXT = {"type": "string", "minLength": 1}
 _BOOLEAN = {"type": "boolean"}
@@ -27,6 +35,20 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
     "top_k": {"type": "integer", "minimum": -1},
     "min_p": {"type": "number", "minimum": 0, "maximum": 1},
+    "presence_penalty": {"type": "number", "minimum": -2, "maximum": 2},
+    "frequency_penalty": {"type": "number", "minimum": -2, "maximum": 2},
+    "repetition_penalty": {"type": "number", "exclusiveMinimum": 0},
+    "logit_bias": {
+        "type": ["object", "null"],
+        "patternProperties": {"^[0-9]+$": {"type": "number"}},
+        "additionalProperties": False,
+        "maxProperties": MAX_LOGIT_BIASES,
+    },
+    "allowed_token_ids": {**_TOKEN_IDS, "type": ["array", "null"], "minItems": 1},
+    "bad_words": {"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "maxItems": MAX_BAD_WORDS}, {"type": "null"}]},
+    "logprobs": {"type": ["integer", "null"], "minimum": -1},
+    "prompt_logprobs": {"type": ["integer", "null"], "minimum": -1},
+    "logprob_token_ids": {**_TOKEN_IDS, "type": ["array", "null"], "maxItems": MAX_LOGPROB_TOKEN_IDS},
     "seed": {"type": ["integer", "null"], "minimum": -(2**63), "maximum": 2**63 - 1},
     "stop": {"anyOf": [_TEXT, {"type": "array", "items": _TEXT}, {"type": "null"}]},
     "stop_token_ids": {**_TOKEN_IDS, "type": ["array", "null"]},

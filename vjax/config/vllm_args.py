@@ -13,7 +13,7 @@ IGNORED = frozenset(
     disable_hybrid_kv_cache_manager use_v2_block_manager disable_async_output_proc preemption_mode
     max_parallel_loading_workers ray_workers_use_nsight tokenizer_pool_size tokenizer_pool_type
     tokenizer_pool_extra_config use_tqdm_on_load served_model_name code_revision ignore_patterns pt_load_map_location
-    safetensors_load_strategy disable_log_requests enable_log_requests max_logprobs logprobs_mode
+    safetensors_load_strategy disable_log_requests enable_log_requests
     guided_decoding_backend structured_outputs_config max_loras max_lora_rank max_cpu_loras lora_dtype
     fully_sharded_loras lora_extra_vocab_size limit_mm_per_prompt mm_processor_kwargs mm_processor_cache_gb
     disable_chunked_mm_input skip_mm_profiling interleave_mm_strings allowed_local_media_path allowed_media_domains

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from pallas_kernels import default_implementation, padded_head_dim
 from vjax import envs
 from vjax.config.engine_args import EngineArgs
-from vjax.config.engine_config import EngineConfig
+from vjax.config.engine_config import DEFAULT_MAX_LOGPROBS, EngineConfig
 from vjax.config.generation import read_generation_config
 from vjax.engine.core import EngineCore
 from vjax.engine.protocol import EngineInfo
@@ -175,6 +175,9 @@ def step_geometry(config: EngineConfig, arch: ArchConfig, weight_bytes: int, dev
         kv_head_dim=kv_head_dim,
         kv_dtype=kv_dtype.name,
         implementation=implementation,
+        # Of the whole vocabulary has a program of its own.
+        max_logprobs=DEFAULT_MAX_LOGPROBS if config.model.max_logprobs == -1 else config.model.max_logprobs,
+        logprobs_mode=config.model.logprobs_mode,
     )
 
 

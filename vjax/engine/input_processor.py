@@ -20,6 +20,8 @@ from vjax.messages import EngineRequest
 from vjax.sampling_params import SamplingParams
 from vjax.text.tokenizer import Tokenizer
 
+#: Tokens of all bad words of a request, spelled with and without a space before them.
+MAX_BAD_WORDS_TOKENS = 1024
 #: EOS and stop ids that a device row can mask while min_tokens is not reached.
 MAX_MASKED_TOKEN_IDS = 64
 _PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
@@ -66,6 +68,7 @@ class InputProcessor:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_model_len = config.model.max_model_len
+        self._max_logprobs = config.model.max_logprobs
         self._has_priorities = config.scheduler.policy == "priority"
         self._defaults = config.model.default_sampling_params
         eos = tokenizer.eos_token_id if tokenizer is not None else None
@@ -112,6 +115,7 @@ class InputProcessor:
         text, token_ids, salt = self._parse(prompt, tokenization)
         self._check_length(token_ids)
         complete = self._complete_params(params, len(token_ids))
+        bad_words = self._bad_words(complete)
         requests = [
             EngineRequest(
                 request_id=child_id,
@@ -122,6 +126,7 @@ class InputProcessor:
                 arrival_time=arrival_time,
                 priority=priority,
                 cache_salt=salt,
+                bad_words_token_ids=bad_words,
             )
             for child_id, child_params in _expand(request_id, complete)
         ]
@@ -220,8 +225,11 @@ class InputProcessor:
                 "needs a tokenizer, and the engine was created with skip_tokenizer_init=True; use stop_token_ids",
             )
         params = params.clone()
-        if any(i >= self._vocab_size for i in params.stop_token_ids or ()):
-            raise self._out_of_vocabulary("stop_token_ids", params.stop_token_ids or ())
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias", "logprob_token_ids"):
+            ids = getattr(params, name) or ()
+            if any(i >= self._vocab_size for i in ids):
+                raise self._out_of_vocabulary(name, list(ids))
+        self._check_num_logprobs(params)
         if not params.ignore_eos:
             params.add_stop_token_ids(self._extra_eos_token_ids)
         if params.max_tokens is None:
@@ -231,6 +239,42 @@ class InputProcessor:
         if params.min_tokens:
             self._check_num_masked(params)
         return params
+
+    def _check_num_logprobs(self, params: SamplingParams) -> None:
+        most = self._max_logprobs
+        for name in ("logprobs", "prompt_logprobs"):
+            asked = getattr(params, name)
+            if asked is None or most == -1 or 0 <= asked <= most:
+                continue
+            wanted = "the whole vocabulary" if asked == -1 else str(asked)
+            raise _error(
+                name,
+                asked,
+                f"asks for {wanted}, and max_logprobs is {most}; ask for less, or raise max_logprobs (-1: all)",
+            )
+
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """Each text as the tokens that spell it at the beginning of a text and behind a space."""
+        if not params.bad_words:
+            return ()
+        if self._tokenizer is None:
+            raise _error(
+                "bad_words",
+                params.bad_words,
+                "needs a tokenizer, and the engine was created with skip_tokenizer_init=True; use logit_bias",
+            )
+        words: list[tuple[int, ...]] = []
+        for text in params.bad_words:
+            plain = self._tokenizer.encode(text.lstrip(), add_special_tokens=False)
+            spaced = self._tokenizer.encode(" " + text.lstrip(), add_special_tokens=False)
+            words.append(tuple(plain))
+            # Only where the space changes the first token, not where it is one of its own.
+            if len(spaced) == len(plain) and spaced[0] != plain[0]:
+                words.append(tuple(spaced))
+        if (count := sum(map(len, words))) > MAX_BAD_WORDS_TOKENS:
+            allowed = f"are {count} tokens; at most {MAX_BAD_WORDS_TOKENS} are allowed"
+            raise _error("bad_words", params.bad_words, allowed)
+        return tuple(dict.fromkeys(words))
 
     def _check_num_masked(self, params: SamplingParams) -> None:
         masked = {*(params.stop_token_ids or ()), *self._eos_token_ids}
@@ -252,6 +296,8 @@ def _expand(request_id: str, params: SamplingParams) -> list[tuple[str, Sampling
     for i in range(params.n):
         child = copy.copy(params)
         child.n = 1
+        if i:
+            child.prompt_logprobs = None  # they are the first one's
         child.seed = (params.seed + i + 2**63) % 2**64 - 2**63  # stays a signed 64-bit integer
         children.append((f"{i}_{request_id}", child))
     return children

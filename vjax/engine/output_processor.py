@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from vjax.engine.input_processor import ProcessedRequest
 from vjax.engine.recorder import MetricsRecorder, merged
-from vjax.messages import EngineOutput
-from vjax.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from vjax.messages import EngineOutput, SampledLogprobs
+from vjax.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from vjax.sampling_params import RequestOutputKind
 from vjax.text.detokenizer import make_detokenizer
 from vjax.text.tokenizer import Tokenizer
@@ -19,13 +19,15 @@ from vjax.text.tokenizer import Tokenizer
 class _Prompt:
     """A user's request: one prompt and its completions."""
 
-    __slots__ = ("num_cached_tokens", "num_running", "processed", "sequences")
+    __slots__ = ("num_cached_tokens", "num_running", "processed", "prompt_logprobs", "sequences")
 
     def __init__(self, processed: ProcessedRequest, tokenizer: Tokenizer | None, stream_interval: int):
         self.processed = processed
         self.sequences = [_Sequence(self, i, tokenizer, stream_interval) for i in range(len(processed.requests))]
         self.num_running = len(self.sequences)
         self.num_cached_tokens: int | None = None
+        #: One per token, None for the first; None until they arrive, and if they were not asked for.
+        self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
 class _Sequence:
@@ -33,8 +35,10 @@ class _Sequence:
 
     __slots__ = (
         "completion",
+        "cumulative_logprob",
         "detokenizer",
         "index",
+        "logprobs",
         "metrics",
         "num_shown_tokens",
         "prompt",
@@ -56,8 +60,14 @@ class _Sequence:
         self.stream_interval = max(stream_interval, processed.params.stream_interval or 1)
         #: Set when the completion is finished.
         self.completion: CompletionOutput | None = None
+        params = processed.params
+        #: One per token; None if they were not asked for.
+        self.logprobs: list[dict[int, Logprob]] | None = [] if params.wants_logprobs else None
+        self.cumulative_logprob = 0.0
         # Until it finishes, nothing has to happen but to collect tokens.
-        self.quiet = processed.params.output_kind is RequestOutputKind.FINAL_ONLY and not processed.params.stop
+        is_final_only = params.output_kind is RequestOutputKind.FINAL_ONLY
+        asks_logprobs = params.wants_logprobs or params.prompt_logprobs is not None
+        self.quiet = is_final_only and not params.stop and not asks_logprobs
 
     @property
     def num_unshown_tokens(self) -> int:
@@ -170,12 +180,36 @@ class OutputProcessor:
         prompt = sequence.prompt
         if prompt.num_cached_tokens is None or sequence.index == 0:
             prompt.num_cached_tokens = output.num_cached_tokens
+        if output.prompt_logprobs is not None:
+            ids = prompt.processed.prompt_token_ids[1:]
+            found = zip(ids, output.prompt_logprobs, strict=True)
+            prompt.prompt_logprobs = [None, *(self._entry(prompt, token_id, entry) for token_id, entry in found)]
+        if sequence.logprobs is not None and output.new_logprobs is not None:
+            self._add_logprobs(sequence, output)
         reason = output.finish_reason
         stop = sequence.detokenizer.update(output.new_token_ids, reason is not None, reason == "stop")
         if stop is None:
             return False
         output.finish_reason, output.stop_reason = "stop", stop
         return reason is None
+
+    def _add_logprobs(self, sequence: _Sequence, output: EngineOutput) -> None:
+        assert sequence.logprobs is not None and output.new_logprobs is not None
+        for token_id, found in zip(output.new_token_ids, output.new_logprobs, strict=True):
+            sequence.logprobs.append(self._entry(sequence.prompt, token_id, found))
+            sequence.cumulative_logprob += found.logprob
+
+    def _entry(self, prompt: _Prompt, token_id: int, found: SampledLogprobs) -> dict[int, Logprob]:
+        """The token itself, the most probable ones, those that the request named."""
+        entry = {token_id: Logprob(found.logprob, found.rank)}
+        for rank, (i, value) in enumerate(zip(found.top_ids, found.top_logprobs, strict=True), 1):
+            entry.setdefault(i, Logprob(value, rank))
+        for i, value in zip(found.named_ids, found.named_logprobs, strict=True):
+            entry.setdefault(i, Logprob(value))
+        if self._tokenizer is not None and prompt.processed.params.detokenize:
+            for i, logprob in entry.items():
+                logprob.decoded_token = self._tokenizer.decode([i], skip_special_tokens=False)
+        return entry
 
     def _show(self, sequence: _Sequence, output: EngineOutput) -> RequestOutput | None:
         prompt = sequence.prompt
@@ -209,16 +243,21 @@ class OutputProcessor:
 
 def _completion(sequence: _Sequence, output: EngineOutput, delta: bool) -> CompletionOutput:
     finished = output.finish_reason is not None
-    token_ids = sequence.token_ids
+    token_ids, logprobs = sequence.token_ids, sequence.logprobs
     num_shown, sequence.num_shown_tokens = sequence.num_shown_tokens, len(token_ids)
+    if logprobs is not None:
+        del logprobs[len(token_ids) :]  # of tokens behind a stop string
     if delta:
-        token_ids = token_ids[num_shown:]
+        token_ids, logprobs = token_ids[num_shown:], None if logprobs is None else logprobs[num_shown:]
     elif not finished:
-        token_ids = token_ids.copy()  # the original goes on growing
+        # The originals go on growing.
+        token_ids, logprobs = token_ids.copy(), None if logprobs is None else logprobs.copy()
     return CompletionOutput(
         index=sequence.index,
         text=sequence.detokenizer.get_next_output_text(finished, delta),
         token_ids=token_ids,
+        cumulative_logprob=None if logprobs is None else sequence.cumulative_logprob,
+        logprobs=logprobs,
         finish_reason=output.finish_reason,
         stop_reason=output.stop_reason,
         error=output.error,
@@ -230,6 +269,7 @@ def _request_output(prompt: _Prompt, completions: list[CompletionOutput]) -> Req
         request_id=prompt.processed.request_id,
         prompt=prompt.processed.prompt,
         prompt_token_ids=prompt.processed.prompt_token_ids,
+        prompt_logprobs=prompt.prompt_logprobs,
         outputs=completions,
         finished=prompt.num_running == 0,
         metrics=_metrics(prompt),

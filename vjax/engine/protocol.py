@@ -169,6 +169,7 @@ class _WireRequest(msgspec.Struct, array_like=True, gc=False):
     priority: int
     cache_salt: str | None
     ignored_eos_token_ids: tuple[int, ...]
+    bad_words_token_ids: tuple[tuple[int, ...], ...]
     #: Whether the scheduler has to note what becomes of it.
     metrics: bool
 
@@ -184,6 +185,7 @@ class _Pickled(msgspec.Struct, array_like=True, tag=3):
 #: Sampling parameters of the text, which stays in the front end.
 FRONT_PARAMS = frozenset(
     {
+        "bad_words",
         "detokenize",
         "include_stop_str_in_output",
         "output_kind",
@@ -213,6 +215,7 @@ def _to_wire(request: EngineRequest) -> _WireRequest:
         request.priority,
         request.cache_salt,
         tuple(request.ignored_eos_token_ids),
+        request.bad_words_token_ids,
         request.metrics is not None,
     )
 
@@ -230,8 +233,9 @@ def _from_wire(request: _WireRequest) -> EngineRequest:
         request.arrival_time,
         request.priority,
         request.cache_salt,
-        RequestMetrics() if request.metrics else None,
-        request.ignored_eos_token_ids,
+        metrics=RequestMetrics() if request.metrics else None,
+        ignored_eos_token_ids=request.ignored_eos_token_ids,
+        bad_words_token_ids=request.bad_words_token_ids,
     )
 
 

@@ -26,10 +26,13 @@ class ForwardBucket:
     num_tokens: int
     num_seqs: int
     decode_only: bool
+    #: The executable also returns the hidden state of every token, for the log probabilities of prompts.
+    keeps_hidden: bool = False
 
     @property
     def name(self) -> str:
-        return f"decode[{self.num_tokens}]" if self.decode_only else f"mixed[{self.num_tokens}]"
+        family = "decode" if self.decode_only else "mixed"
+        return f"{family}{'_keeping_hidden' if self.keeps_hidden else ''}[{self.num_tokens}]"
 
 
 def _sizes(preferred: tuple[int, ...], largest: int) -> tuple[int, ...]:

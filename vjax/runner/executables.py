@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from typing import Any
 
 from jax.sharding import Mesh
@@ -19,9 +20,18 @@ from jax.sharding import Mesh
 from vjax.log import logger, warning_once
 from vjax.runner.buckets import Buckets, ForwardBucket
 from vjax.runner.exported import import_program
-from vjax.runner.programs import Key, SampleBucket, all_keys, lower, make_program, sample_buckets
-from vjax.runner.step import Step
-from vjax.sample.sampler import Variant
+from vjax.runner.programs import (
+    Key,
+    SampleBucket,
+    ScoreBucket,
+    all_keys,
+    feature_bucket,
+    lower,
+    make_program,
+    sample_buckets,
+)
+from vjax.runner.step import SCORED_TOKENS, Step
+from vjax.sample.sampler import NO_FEATURES, Feature, Variant
 
 log = logger(__name__)
 
@@ -66,18 +76,24 @@ class Executables:
 
     # ---- choosing -----------------------------------------------------------------------------------------------
 
-    def forward_for(self, num_tokens: int, num_seqs: int) -> tuple[ForwardBucket, Any]:
-        """The tightest bucket for a step, and its executable."""
+    def forward_for(self, num_tokens: int, num_seqs: int, *, keeps_hidden: bool = False) -> tuple[ForwardBucket, Any]:
+        """The tightest bucket for a step, and its executable or the one that keeps hidden states."""
         bucket = self.buckets.forward_bucket(num_tokens, num_seqs)
-        return bucket, self._serve(bucket)
+        return bucket, self._serve(replace(bucket, keeps_hidden=True) if keeps_hidden else bucket)
 
-    def sample_for(self, num_rows: int, variant: Variant) -> Any:
-        """The executable that samples `num_rows` rows, at least as capable as `variant`."""
+    def score_for(self, num_tokens: int, *, with_all: bool) -> Any:
+        """The executable that scores prompt tokens of a forward of `num_tokens`."""
+        return self._serve(ScoreBucket(num_tokens, with_all))
+
+    def sample_for(self, num_rows: int, variant: Variant, features: Feature = NO_FEATURES) -> Any:
+        """The executable that samples `num_rows` rows, at least as capable as `variant`, and with these features."""
+        if features:
+            return self._serve(feature_bucket(self.buckets.sample, num_rows, features))
         capable = (b for b in self._sample_buckets if b.variant >= variant and b.num_rows >= num_rows)
         return self._serve(next(capable))
 
     def update(self, name: str) -> Any:
-        """ "write_rows" or "write_masked_ids"."""
+        """ "write_rows", "write_masked_ids" or "write_processors"."""
         return self._serve(name)
 
     def ready(self) -> list[tuple[Key, Any]]:
@@ -150,4 +166,6 @@ def _gpu_options(key: Key) -> dict[str, str | bool | int]:
         rows = key.num_tokens
     elif isinstance(key, SampleBucket):
         rows = key.num_rows
+    elif isinstance(key, ScoreBucket):
+        rows = SCORED_TOKENS
     return _GPU_OPTIONS | _AUTOTUNING | {"xla_gpu_enable_triton_gemm": rows < _LEAST_CUBLAS_ROWS}

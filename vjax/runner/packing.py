@@ -30,9 +30,20 @@ RECORD_COLUMNS = (
     "seed_low",
     "seed_high",
     "min_position",
+    "num_prompt_tokens",
+    "flags",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
 )
 SAMPLING_COLUMNS = RECORD_COLUMNS[2:]
 RECORD_WIDTH = len(RECORD_COLUMNS)
+#: Columns that hold the bits of a float32.
+FLOAT_COLUMNS = ("temperature", "top_p", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+
+#: In "flags": the row's entries of `ProcessorState` are this request's own; it has allowed_token_ids.
+HAS_PROCESSOR_STATE = 1
+HAS_ALLOWED_IDS = 2
 
 
 class Unpacked(NamedTuple):
@@ -60,10 +71,21 @@ def row_record(init: RowInit) -> list[int]:
     """The int32 fields of one row record, in the order of RECORD_COLUMNS."""
     p = init.sampling_params
     seed = p.seed or 0
-    floats = np.array([p.temperature, p.top_p, p.min_p], np.float32).view(np.int32).tolist()
+    floats = np.array([getattr(p, name) for name in FLOAT_COLUMNS], np.float32).view(np.int32).tolist()
+    temperature, top_p, min_p, *penalties = floats
     min_position = init.num_prompt_tokens + p.min_tokens if p.min_tokens else 0
     words = np.array([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF], np.uint32).view(np.int32).tolist()
-    return [init.row, init.num_computed_tokens, floats[0], max(p.top_k, 0), floats[1], floats[2], *words, min_position]
+    flags = 0
+    if has_processor_state(init):
+        flags = HAS_PROCESSOR_STATE | (HAS_ALLOWED_IDS if p.allowed_token_ids else 0)
+    before = [init.row, init.num_computed_tokens, temperature, max(p.top_k, 0), top_p, min_p, *words]
+    return [*before, min_position, init.num_prompt_tokens, flags, *penalties]
+
+
+def has_processor_state(init: RowInit) -> bool:
+    """Whether the request has ids of its own on the device, beside the columns of its record."""
+    p = init.sampling_params
+    return bool(p.logit_bias or p.allowed_token_ids or init.bad_words_token_ids or p.logprob_token_ids)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from vjax.parallel.sharding import named_sharding
 from vjax.runner.buckets import Buckets, ForwardBucket
 from vjax.runner.packing import UpdateLayout
 from vjax.runner.rows import MAX_MASKED_IDS
-from vjax.runner.step import Step
-from vjax.sample.sampler import Variant
+from vjax.runner.step import SCORED_TOKENS, Step
+from vjax.sample.sampler import NO_FEATURES, Feature, Variant
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,30 @@ class SampleBucket:
 
     num_rows: int
     variant: Variant
+    #: Any of them: the variant is FULL.
+    features: Feature = NO_FEATURES
 
     @property
     def name(self) -> str:
-        return f"sample_{self.variant.name.lower()}[{self.num_rows}]"
+        parts = [self.variant, *self.features]
+        return f"sample_{'_'.join((part.name or '').lower() for part in parts)}[{self.num_rows}]"
 
 
-#: A bucket, "write_rows" or "write_masked_ids".
-Key = ForwardBucket | SampleBucket | str
+@dataclass(frozen=True)
+class ScoreBucket:
+    """Shape of one executable that scores tokens of prompts: tokens of the forward that it looks at."""
+
+    num_tokens: int
+    #: Whether it returns the log probabilities of the whole vocabulary as well.
+    with_all: bool
+
+    @property
+    def name(self) -> str:
+        return f"score{'_all' if self.with_all else ''}[{self.num_tokens}]"
+
+
+#: A bucket, "write_rows", "write_masked_ids" or "write_processors".
+Key = ForwardBucket | SampleBucket | ScoreBucket | str
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +76,15 @@ def sample_buckets(sizes: Sequence[int]) -> list[SampleBucket]:
     return [SampleBucket(n, v) for v in Variant for n in (sizes if v < Variant.FULL else sparse)]
 
 
+def feature_bucket(sizes: Sequence[int], num_rows: int, features: Feature) -> SampleBucket:
+    """The program that samples `num_rows` rows with these features, of the same sizes as those that truncate."""
+    return SampleBucket(next(n for n in sizes[::-2][::-1] if n >= num_rows), Variant.FULL, features)
+
+
 def all_keys(buckets: Buckets) -> list[Key]:
-    """Every program of an engine, those that take longest to compile first. Of sample programs of one size the greedy
-    one comes long before the others, which then find the head's product tuned."""
+    """Every program of an engine, those that take longest to compile first, but those that the first request with such
+    a feature brings: `feature_bucket`'s, "write_processors", `ScoreBucket`s and forwards that keep hidden states. Of
+    sample programs of one size the greedy one comes long before the others, which then find the head's product tuned."""
     samples = sample_buckets(buckets.sample)[::-1]
     greedy = [key for key in samples if key.variant == Variant.GREEDY]
     return [*greedy, *buckets.mixed[::-1], *buckets.decode[::-1], *(k for k in samples if k not in greedy), *UPDATES]
@@ -87,6 +109,7 @@ def make_program(step: Step, key: Key, mesh: Mesh | None) -> Program:
         return placed(jax.ShapeDtypeStruct((size,), jnp.int32), (None,))
 
     rows = jax.tree.map(lambda s: placed(s, (None,) * len(s.shape)), step.row_specs())
+    processors = jax.tree.map(lambda s: placed(s, (None, None)), step.processor_specs())
     if isinstance(key, ForwardBucket):
 
         def forward(leaves, kv, rows, packed):
@@ -95,11 +118,28 @@ def make_program(step: Step, key: Key, mesh: Mesh | None) -> Program:
         kv = jax.tree.map(lambda s: placed(s, (None, "kv_heads", None, None)), step.kv_specs())
         return Program("forward", forward, (1, 2), (leaves(model.leaf_names), kv, rows, buffer(step.layout(key).size)))
     if isinstance(key, SampleBucket):
+        head_leaves = leaves(model.head_leaf_names)
+        if key.features:
+
+            def sample_with_features(head, rows, state):
+                return step.sample_with_features(key.num_rows, key.features, head, rows, state)
+
+            return Program("sample_with_features", sample_with_features, (1,), (head_leaves, rows, processors))
 
         def sample(head, rows):
             return step.sample(key.num_rows, key.variant, head, rows)
 
-        return Program("sample", sample, (1,), (leaves(model.head_leaf_names), rows))
+        return Program("sample", sample, (1,), (head_leaves, rows))
+    if isinstance(key, ScoreBucket):
+
+        def score(head, hidden, packed):
+            return step.score(key.with_all, head, hidden, packed)
+
+        hidden = placed(jax.ShapeDtypeStruct((key.num_tokens, model.arch.hidden_size), model.dtype), (None, None))
+        packed = placed(jax.ShapeDtypeStruct((2, SCORED_TOKENS), jnp.int32), (None, None))
+        return Program("score", score, (), (leaves(model.head_leaf_names), hidden, packed))
+    if key == "write_processors":
+        return Program(key, step.write_processors, (0,), (processors, buffer(step.processor_layout.size)))
     if key == "write_rows":
         return Program(key, step.write_rows, (0,), (rows, buffer(UpdateLayout().size)))
     assert key == "write_masked_ids", key

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vjax.runner.packing import RECORD_WIDTH, SAMPLING_COLUMNS, Updates
+from vjax.runner.packing import FLOAT_COLUMNS, RECORD_WIDTH, SAMPLING_COLUMNS, Updates
 
 #: Most ids that min_tokens can mask for one request (EOS and stop_token_ids).
 MAX_MASKED_IDS = 64
@@ -28,6 +28,8 @@ class RowState:
         last_token: i32 [N], the token that the row sampled last.
         num_computed: i32 [N], tokens whose KV is written.
         block_table: i32 [N, max_blocks_per_row].
+        block_tokens: i32 [num_blocks, block_size], the tokens whose KV the blocks hold, written as that is: what
+            penalties and bad words look back on, for requests that share blocks too.
         sampling: i32 [N, len(SAMPLING_COLUMNS)], floats bit-cast.
         masked_ids: i32 [N, MAX_MASKED_IDS], ids that min_tokens masks; padding is out of the vocabulary.
         sampled_rows: i32 [max_num_seqs], rows that the last forward made ready to sample, 0 beyond them.
@@ -37,6 +39,7 @@ class RowState:
     last_token: jax.Array
     num_computed: jax.Array
     block_table: jax.Array
+    block_tokens: jax.Array
     sampling: jax.Array
     masked_ids: jax.Array
     sampled_rows: jax.Array
@@ -46,7 +49,9 @@ class RowState:
         return RowState(**{**{f: getattr(self, f) for f in self.__dataclass_fields__}, **changes})
 
 
-def row_state_specs(*, max_num_seqs: int, max_blocks_per_row: int, hidden_size: int, dtype) -> RowState:
+def row_state_specs(
+    *, max_num_seqs: int, max_blocks_per_row: int, num_blocks: int, block_size: int, hidden_size: int, dtype
+) -> RowState:
     """Shapes and dtypes of the rows, as a RowState of ShapeDtypeStructs."""
     n = max_num_seqs + 1
 
@@ -58,6 +63,7 @@ def row_state_specs(*, max_num_seqs: int, max_blocks_per_row: int, hidden_size: 
         last_token=i32(n),
         num_computed=i32(n),
         block_table=i32(n, max_blocks_per_row),
+        block_tokens=i32(num_blocks, block_size),
         sampling=i32(n, len(SAMPLING_COLUMNS)),
         masked_ids=i32(n, MAX_MASKED_IDS),
         sampled_rows=i32(max_num_seqs),
@@ -81,9 +87,9 @@ def apply_updates(rows: RowState, updates: Updates) -> RowState:
 
 
 def sampling_column(rows: RowState, row_ids: jax.Array, name: str) -> jax.Array:
-    """One sampling parameter of `row_ids` [R]: f32 for temperature, top_p and min_p, u32 for seeds, else i32."""
+    """One sampling parameter of `row_ids` [R]: f32 for FLOAT_COLUMNS, u32 for seeds, else i32."""
     values = rows.sampling[row_ids, SAMPLING_COLUMNS.index(name)]
-    if name in ("temperature", "top_p", "min_p"):
+    if name in FLOAT_COLUMNS:
         return lax.bitcast_convert_type(values, jnp.float32)
     if name.startswith("seed"):
         return lax.bitcast_convert_type(values, jnp.uint32)

@@ -6,20 +6,25 @@ and gives back a handle that yields a `StepOutput` once the device is done.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import numpy as np
 
 from vjax.errors import EngineStepError
-from vjax.messages import RowInit, SchedulerOutput, StepOutput
+from vjax.messages import RowInit, SchedulerOutput, StepLogprobs, StepOutput
 from vjax.parallel.sharding import named_sharding
+from vjax.runner.buckets import ForwardBucket
 from vjax.runner.executables import Executables
 from vjax.runner.memory import allocate
-from vjax.runner.packing import UpdateLayout
+from vjax.runner.packing import UpdateLayout, has_processor_state
+from vjax.runner.programs import SampleBucket, ScoreBucket
 from vjax.runner.rows import MAX_MASKED_IDS
-from vjax.sample.sampler import GREEDY_TEMPERATURE, Variant
+from vjax.runner.step import SCORED_TOKENS, LogprobsLayout
+from vjax.sample.sampler import GREEDY_TEMPERATURE, NO_FEATURES, Feature, Variant
+
+_VARIANT_BITS = 2
 
 
 @dataclass(slots=True)
@@ -28,10 +33,17 @@ class StepHandle:
 
     step_id: int
     num_sampled: int
-    #: i32 [R] on the device, on its way to the host; None when the step samples nothing.
+    #: i32 [R] on the device, on its way to the host, or i32 [R, width] with log probabilities; None when the step
+    #: samples nothing.
     tokens: Any
     #: Ready when the forward has run.
     done: Any
+    #: Of `tokens` with log probabilities.
+    layout: LogprobsLayout | None = None
+    #: f32 [R, vocab_size] on the device, when a request asked for the log probabilities of all ids.
+    all_logprobs: Any = None
+    #: Of the prompt tokens that the step scores.
+    scores: list[Scores] = field(default_factory=list)
 
     def result(self) -> StepOutput:
         """Blocks until the step has run.
@@ -40,12 +52,32 @@ class StepHandle:
             EngineStepError: The device failed.
         """
         try:
+            scored = StepLogprobs.joined([scores.result() for scores in self.scores]) if self.scores else None
             if self.tokens is None:
                 self.done.block_until_ready()
-                return StepOutput(self.step_id, [])
-            return StepOutput(self.step_id, np.asarray(self.tokens)[: self.num_sampled].tolist())
+                return StepOutput(self.step_id, [], scored=scored)
+            result = np.asarray(self.tokens)[: self.num_sampled]
+            if self.layout is None:
+                return StepOutput(self.step_id, result.tolist(), scored=scored)
+            every = None if self.all_logprobs is None else np.asarray(self.all_logprobs)[: self.num_sampled]
+            return StepOutput(self.step_id, *self.layout.split(result, every), scored)
         except jax.errors.JaxRuntimeError as e:
             raise EngineStepError(f"step {self.step_id} failed on the device: {e}") from e
+
+
+@dataclass(slots=True)
+class Scores:
+    """Dispatched log probabilities of prompt tokens."""
+
+    num_tokens: int
+    layout: LogprobsLayout
+    #: On the device, on their way to the host; see `Step.score`.
+    packed: Any
+    all_logprobs: Any = None
+
+    def result(self) -> StepLogprobs:
+        every = None if self.all_logprobs is None else np.asarray(self.all_logprobs)[: self.num_tokens]
+        return self.layout.split(np.asarray(self.packed)[: self.num_tokens], every)[1]
 
 
 class ModelRunner:
@@ -64,17 +96,20 @@ class ModelRunner:
         self._leaves = leaves
         names = step.model.leaf_names
         self._head = tuple(leaves[names.index(n)] for n in step.model.head_leaf_names)
-        # What the least sample program for each row is; row 0 never samples.
-        self._row_variant = np.zeros(step.geometry.max_num_seqs + 1, np.int8)
+        # What each row asks of the sample program: its variant, and its features above that; row 0 never samples.
+        self._row_code = np.zeros(step.geometry.max_num_seqs + 1, np.int16)
         buckets = executables.buckets
         self._kv: Any = None
         self._rows: Any = None
+        #: Allocated when the first request needs it.
+        self._processors: Any = None
         self._layouts = {b: step.layout(b) for b in (*buckets.decode, *buckets.mixed)}
         self.reset()
 
     def reset(self) -> None:
         """Allocates an empty KV cache and empty rows; what was there is gone, whoever still refers to it."""
-        _delete((self._kv, self._rows))
+        _delete((self._kv, self._rows, self._processors))
+        self._processors = None
         kv_sharding = named_sharding(self.mesh, (None, "kv_heads", None, None))
         self._kv = allocate(self.step.kv_specs(), kv_sharding, "the KV cache")
         self._rows = allocate(self.step.row_specs(), named_sharding(self.mesh, ()), "the rows of the batch")
@@ -93,30 +128,40 @@ class ModelRunner:
         Raises:
             EngineStepError: The dispatch failed; the device state is lost and `reset` is due.
         """
-        bucket, forward = self.executables.forward_for(scheduled.num_tokens, len(scheduled.rows))
+        bucket, forward = self.executables.forward_for(
+            scheduled.num_tokens, len(scheduled.rows), keeps_hidden=bool(scheduled.scored_indices)
+        )
         layout = self._layouts[bucket]
         fits = layout.fits(scheduled)
         packed = layout.pack(scheduled, with_updates=fits)
-        variant = self._track_variants(scheduled)
-        sample = self.executables.sample_for(scheduled.num_sampled, variant) if scheduled.num_sampled else None
+        variant, features = self._track_rows(scheduled)
+        sample = None
+        if scheduled.num_sampled:
+            sample = self.executables.sample_for(scheduled.num_sampled, variant, features)
         try:
             self._write_ahead(scheduled, fits)
-            self._kv, self._rows, done = forward(self._leaves, self._kv, self._rows, packed)
-            tokens = None
+            self._kv, self._rows, done, *hidden = forward(self._leaves, self._kv, self._rows, packed)
+            scores = self._score(scheduled, hidden[0]) if hidden else []
+            tokens, all_logprobs = None, []
             if sample is not None:
-                self._rows, tokens = sample(self._head, self._rows)
-                tokens.copy_to_host_async()
+                state = (self._processor_state(),) if features else ()
+                self._rows, tokens, *all_logprobs = sample(self._head, self._rows, *state)
+                for result in (tokens, *all_logprobs):
+                    result.copy_to_host_async()
         except (jax.errors.JaxRuntimeError, RuntimeError) as e:
             raise EngineStepError(f"step {scheduled.step_id} could not be dispatched: {e}") from e
-        return StepHandle(scheduled.step_id, scheduled.num_sampled, tokens, done)
+        layout = self.step.logprobs_layout if features & Feature.LOGPROBS else None
+        handle = StepHandle(scheduled.step_id, scheduled.num_sampled, tokens, done, layout, *all_logprobs)
+        handle.scores = scores
+        return handle
 
     def shutdown(self) -> None:
         """Frees every device array. The pool itself goes back to the driver when the process
         ends."""
         self.executables.shutdown()
-        _delete((self._leaves, self._head, self._kv, self._rows))
+        _delete((self._leaves, self._head, self._kv, self._rows, self._processors))
         self._leaves = self._head = ()
-        self._kv = self._rows = None
+        self._kv = self._rows = self._processors = None
 
     # ---- details ------------------------------------------------------------------------------------------------
 
@@ -132,14 +177,44 @@ class ModelRunner:
                 buffer[0] = init.row
                 buffer[1 : 1 + len(init.masked_token_ids)] = init.masked_token_ids
                 self._rows = self.executables.update("write_masked_ids")(self._rows, buffer)
+            if has_processor_state(init):
+                buffer = self.step.processor_layout.pack(init)
+                self._processors = self.executables.update("write_processors")(self._processor_state(), buffer)
 
-    def _track_variants(self, scheduled: SchedulerOutput) -> Variant:
-        """The least sample program that serves every sampling row of the step."""
+    def _score(self, scheduled: SchedulerOutput, hidden: jax.Array) -> list[Scores]:
+        layout = self.step.logprobs_layout
+        with_all = not 0 <= scheduled.scored_num_top <= layout.num_top
+        program = self.executables.score_for(hidden.shape[0], with_all=with_all)
+        scores = []
+        for start in range(0, len(scheduled.scored_indices), SCORED_TOKENS):
+            part = slice(start, start + SCORED_TOKENS)
+            n = len(scheduled.scored_indices[part])
+            packed = np.zeros((2, SCORED_TOKENS), np.int32)
+            packed[0, :n], packed[1, :n] = scheduled.scored_indices[part], scheduled.scored_token_ids[part]
+            results = program(self._head, hidden, packed)
+            for result in results:
+                result.copy_to_host_async()
+            scores.append(Scores(n, layout, *results))
+        return scores
+
+    def _track_rows(self, scheduled: SchedulerOutput) -> tuple[Variant, Feature]:
+        """The least variant and the features that serve every sampling row of the step."""
         for init in scheduled.new_rows:
-            self._row_variant[init.row] = row_variant(init)
+            features = row_features(init, self.step.logprobs_layout.num_top)
+            self._row_code[init.row] = row_variant(init) | features << _VARIANT_BITS
         if not scheduled.num_sampled:
-            return Variant.GREEDY
-        return Variant(int(self._row_variant[scheduled.rows[: scheduled.num_sampled]].max()))
+            return Variant.GREEDY, NO_FEATURES
+        codes = self._row_code[scheduled.rows[: scheduled.num_sampled]]
+        largest = int(codes.max())
+        if largest < 1 << _VARIANT_BITS:
+            return Variant(largest), NO_FEATURES
+        return Variant.FULL, Feature(int(np.bitwise_or.reduce(codes)) >> _VARIANT_BITS)
+
+    def _processor_state(self) -> Any:
+        if self._processors is None:
+            sharding = named_sharding(self.mesh, ())
+            self._processors = allocate(self.step.processor_specs(), sharding, "the state of logits processors")
+        return self._processors
 
     def _run_empty(self, key: Any, compiled: Any) -> None:
         if key in self._layouts:
@@ -149,6 +224,18 @@ class ModelRunner:
             self._rows = compiled(self._rows, np.zeros(UpdateLayout().size, np.int32))
         elif key == "write_masked_ids":
             self._rows = compiled(self._rows, np.zeros(1 + MAX_MASKED_IDS, np.int32))
+        elif key == "write_processors":
+            buffer = np.zeros(self.step.processor_layout.size, np.int32)
+            self._processors = compiled(self._processor_state(), buffer)
+        elif isinstance(key, ForwardBucket):
+            packed = self._layouts[replace(key, keeps_hidden=False)].pack(SchedulerOutput(step_id=-1))
+            self._kv, self._rows, *_ = compiled(self._leaves, self._kv, self._rows, packed)
+        elif isinstance(key, ScoreBucket):
+            arch = self.step.model.arch
+            hidden = np.zeros((key.num_tokens, arch.hidden_size), self.step.model.dtype)
+            compiled(self._head, hidden, np.zeros((2, SCORED_TOKENS), np.int32))
+        elif isinstance(key, SampleBucket) and key.features:
+            self._rows, *_ = compiled(self._head, self._rows, self._processor_state())
         else:
             self._rows, _ = compiled(self._head, self._rows)
 
@@ -158,6 +245,19 @@ def _delete(arrays: Any) -> None:
     for array in jax.tree.leaves(arrays):
         if not array.is_deleted():
             array.delete()
+
+
+def row_features(init: RowInit, num_top: int) -> Feature:
+    """What one request asks for beside a token, of programs that find the `num_top` most probable ones."""
+    p = init.sampling_params
+    features = NO_FEATURES
+    if p.has_penalties or p.logit_bias or p.allowed_token_ids or init.bad_words_token_ids:
+        features |= Feature.PROCESSORS
+    if p.wants_logprobs:
+        features |= Feature.LOGPROBS
+        if p.logprobs is not None and not 0 <= p.logprobs <= num_top:
+            features |= Feature.ALL_LOGPROBS
+    return features
 
 
 def row_variant(init: RowInit) -> Variant:

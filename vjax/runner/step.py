@@ -2,6 +2,8 @@
 
     forward(leaves, kv, rows, packed) -> (kv, rows, done)      bucketed by tokens
     sample(head_leaves, rows)         -> (rows, token_ids [R]) bucketed by rows and variant
+    sample_with_features(head_leaves, rows, processors) -> (rows, packed result), for requests that ask for more
+    score(head_leaves, hidden, packed) -> packed result, log probabilities of a prompt
 
 `kv` and `rows` are donated: both functions update them in place. What the host alone knows arrives in `packed`; what
 the device alone knows (the last sampled token, how far a row has come) never leaves it before it is used.
@@ -11,17 +13,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import plan_attention
+from vjax.config.engine_config import DEFAULT_MAX_LOGPROBS
+from vjax.messages import StepLogprobs
 from vjax.models.decoder import AttentionMetadata
 from vjax.models.functional import FunctionalModel
 from vjax.runner.buckets import ForwardBucket
-from vjax.runner.packing import PackedLayout, UpdateLayout
+from vjax.runner.packing import HAS_ALLOWED_IDS, HAS_PROCESSOR_STATE, PackedLayout, UpdateLayout
+from vjax.runner.processor_state import MAX_LOGPROB_TOKEN_IDS, ProcessorLayout, ProcessorState
 from vjax.runner.rows import RowState, apply_updates, row_state_specs, sampling_column
-from vjax.sample.sampler import Variant, sample_tokens
+from vjax.sample import processors
+from vjax.sample.logprobs import TokenLogprobs, token_logprobs
+from vjax.sample.sampler import Feature, Variant, sample_tokens
+
+#: Prompt tokens that one call of `score` looks at.
+SCORED_TOKENS = 256
 
 #: One K and one V array per layer, each [num_blocks, kv_heads, block_size, head_dim].
 KVCache = tuple[tuple[jax.Array, jax.Array], ...]
@@ -39,6 +51,8 @@ class StepGeometry:
         kv_head_dim: Head dim of the cache; larger than the model's where a kernel pads it.
         kv_dtype: Name of the cache's dtype.
         implementation: Kernel implementation, "xla" or "mosaic_gpu".
+        max_logprobs: Most probable ids beside each token of a program with log probabilities.
+        logprobs_mode: "raw_logprobs", "processed_logprobs", "raw_logits" or "processed_logits".
     """
 
     num_blocks: int
@@ -48,6 +62,8 @@ class StepGeometry:
     kv_head_dim: int
     kv_dtype: str
     implementation: str
+    max_logprobs: int = DEFAULT_MAX_LOGPROBS
+    logprobs_mode: str = "raw_logprobs"
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,9 +85,22 @@ class Step:
         return row_state_specs(
             max_num_seqs=g.max_num_seqs,
             max_blocks_per_row=g.max_blocks_per_row,
+            num_blocks=g.num_blocks,
+            block_size=g.block_size,
             hidden_size=self.model.arch.hidden_size,
             dtype=self.model.dtype,
         )
+
+    @property
+    def processor_layout(self) -> ProcessorLayout:
+        return ProcessorLayout(self.model.arch.vocab_size)
+
+    def processor_specs(self) -> ProcessorState:
+        return self.processor_layout.specs(self.geometry.max_num_seqs)
+
+    @property
+    def logprobs_layout(self) -> LogprobsLayout:
+        return LogprobsLayout(min(self.geometry.max_logprobs, self.model.arch.vocab_size))
 
     def layout(self, bucket: ForwardBucket) -> PackedLayout:
         return PackedLayout.for_bucket(bucket, self.geometry.block_size)
@@ -93,7 +122,8 @@ class Step:
         """Computes the KV of every token of the flat batch and leaves in `rows.hidden` what the sampling rows need.
 
         Returns:
-            kv and rows, updated in place, and a tiny array that is ready when the step has run.
+            kv and rows, updated in place, and a tiny array that is ready when the step has run; if the bucket keeps
+            them, the hidden states [num_tokens, hidden] as well.
         """
         layout = self.layout(bucket)
         batch = layout.unpack(packed)
@@ -113,12 +143,16 @@ class Step:
         # Nothing of an earlier step stays: a sample program may read more rows than this bucket has, and a row left
         # there would get that step's token again.
         sampled_rows = jax.lax.dynamic_update_slice(rows.sampled_rows * 0, sampled, (0,))
+        slots = jnp.where(meta.slots < 0, rows.block_tokens.size, meta.slots)
+        block_tokens = rows.block_tokens.reshape(-1).at[slots].set(token_ids, mode="drop", unique_indices=True)
         rows = rows.replace(
+            block_tokens=block_tokens.reshape(rows.block_tokens.shape),
             num_computed=rows.num_computed.at[jnp.where(in_batch, seq_rows, num_rows)].set(kv_lens, mode="drop"),
             sampled_rows=sampled_rows,
             hidden=jax.lax.dynamic_update_slice(rows.hidden, hidden[last_token_index], (0, 0)),
         )
-        return kv, rows, batch.num_tokens + 0
+        done = batch.num_tokens + 0
+        return (kv, rows, done, hidden) if bucket.keeps_hidden else (kv, rows, done)
 
     def _metadata(self, bucket: ForwardBucket, batch, rows: RowState, seq_rows, start, kv_lens):
         """Positions, slots and the attention plan of the flat batch, and its token ids."""
@@ -162,9 +196,56 @@ class Step:
         Returns:
             rows with `last_token` written, and the tokens i32 [num_rows].
         """
-        row_ids = rows.sampled_rows[:num_rows]
         logits = self.model.logits(head_leaves, rows.hidden[:num_rows])
-        tokens = sample_tokens(
+        rows, tokens, _ = self._draw(variant, rows, logits)
+        return rows, tokens
+
+    def sample_with_features(
+        self, num_rows: int, features: Feature, head_leaves: tuple, rows: RowState, state: ProcessorState
+    ):
+        """As `sample`, with processors and log probabilities as `features` says.
+
+        Returns:
+            rows with `last_token` written; the tokens i32 [num_rows], or with LOGPROBS a `LogprobsLayout` i32
+            [num_rows, width]; with ALL_LOGPROBS also f32 [num_rows, vocab_size].
+        """
+        raw = logits = self.model.logits(head_leaves, rows.hidden[:num_rows])
+        if Feature.PROCESSORS in features:
+            logits = self._process(rows, state, logits)
+        row_ids = rows.sampled_rows[:num_rows]
+        rows, tokens, final = self._draw(Variant.FULL, rows, logits)
+        if Feature.LOGPROBS not in features:
+            return rows, tokens
+        values = self._logprob_values(raw if self.geometry.logprobs_mode.startswith("raw") else final)
+        found = token_logprobs(values, tokens, self.logprobs_layout.num_top)
+        named = jnp.take_along_axis(values, state.logprob_ids[row_ids], axis=1)
+        result = self.logprobs_layout.join(tokens, found, named)
+        return (rows, result, values) if Feature.ALL_LOGPROBS in features else (rows, result)
+
+    def score(self, with_all: bool, head_leaves: tuple, hidden: jax.Array, packed: jax.Array):
+        """Log probabilities of tokens of the prompt (logprobs_mode's raw or processed ones are the same here).
+
+        Args:
+            hidden: [num_tokens, hidden], from a forward that keeps them.
+            packed: i32 [2, SCORED_TOKENS], indices of the tokens before the scored ones in `hidden`, and their ids.
+
+        Returns:
+            A `LogprobsLayout` i32 [SCORED_TOKENS, width], and `with_all` f32 [SCORED_TOKENS, vocab_size].
+        """
+        index, token_ids = packed
+        values = self._logprob_values(self.model.logits(head_leaves, hidden[index]))
+        found = token_logprobs(values, token_ids, self.logprobs_layout.num_top)
+        named = jnp.zeros((SCORED_TOKENS, MAX_LOGPROB_TOKEN_IDS), jnp.float32)
+        result = self.logprobs_layout.join(token_ids, found, named)
+        return (result, values) if with_all else (result,)
+
+    def _logprob_values(self, logits: jax.Array) -> jax.Array:
+        return jax.nn.log_softmax(logits, axis=-1) if self.geometry.logprobs_mode.endswith("logprobs") else logits
+
+    def _draw(self, variant: Variant, rows: RowState, logits: jax.Array):
+        """Rows with the tokens written, the tokens, and the logits that they were drawn from."""
+        row_ids = rows.sampled_rows[: logits.shape[0]]
+        tokens, final = sample_tokens(
             logits,
             variant=variant,
             **{
@@ -175,15 +256,73 @@ class Step:
             masked_ids=rows.masked_ids[row_ids],
             implementation=self.geometry.implementation,
         )
-        return rows.replace(last_token=rows.last_token.at[row_ids].set(tokens)), tokens
+        return rows.replace(last_token=rows.last_token.at[row_ids].set(tokens)), tokens, final
+
+    def _process(self, rows: RowState, state: ProcessorState, logits: jax.Array) -> jax.Array:
+        num_rows, vocab_size = logits.shape
+        row_ids = rows.sampled_rows[:num_rows]
+        blocks = rows.block_tokens[rows.block_table[row_ids]]
+        history = processors.History(
+            blocks.reshape(num_rows, -1),
+            rows.num_computed[row_ids],
+            sampling_column(rows, row_ids, "num_prompt_tokens"),
+        )
+        flags = sampling_column(rows, row_ids, "flags")
+        has_state = (flags & HAS_PROCESSOR_STATE) != 0
+        logits = processors.keep_allowed(logits, state.allowed[row_ids], (flags & HAS_ALLOWED_IDS) != 0)
+        bias_ids = jnp.where(has_state[:, None], state.bias_ids[row_ids], vocab_size)
+        bias = jax.lax.bitcast_convert_type(state.bias[row_ids], jnp.float32)
+        logits = processors.add_bias(logits, bias_ids, bias)
+        logits = processors.penalize(
+            logits,
+            history,
+            repetition=sampling_column(rows, row_ids, "repetition_penalty"),
+            frequency=sampling_column(rows, row_ids, "frequency_penalty"),
+            presence=sampling_column(rows, row_ids, "presence_penalty"),
+        )
+        words = state.bad_words(row_ids)
+        words = words._replace(last=jnp.where(has_state[:, None], words.last, -1))
+        return processors.mask_bad_words(logits, history, words)
 
     def write_rows(self, rows: RowState, packed: jax.Array) -> RowState:
         """Row and block-table writes that do not fit a step's own buffer."""
         return apply_updates(rows, UpdateLayout().unpack(packed))
 
+    def write_processors(self, state: ProcessorState, packed: jax.Array) -> ProcessorState:
+        """Replaces a row of the processors' state."""
+        return self.processor_layout.write(state, packed)
+
     def write_masked_ids(self, rows: RowState, packed: jax.Array) -> RowState:
         """Sets the ids that min_tokens masks for one row: packed is [row, ids...]."""
         return rows.replace(masked_ids=rows.masked_ids.at[packed[0]].set(packed[1:]))
+
+
+@dataclass(frozen=True)
+class LogprobsLayout:
+    """Tokens and their log probabilities as one int32 array, so that one copy brings them to the host.
+
+    token | logprob | rank | top ids [K] | top logprobs [K] | named logprobs [MAX_LOGPROB_TOKEN_IDS]
+    """
+
+    num_top: int
+
+    def join(self, tokens: jax.Array, found: TokenLogprobs, named: jax.Array) -> jax.Array:
+        bits = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.int32)
+        first = jnp.stack([tokens, bits(found.logprob), found.rank], axis=1)
+        return jnp.concatenate([first, found.top_ids, bits(found.top_logprobs), bits(named)], axis=1)
+
+    def split(self, result: np.ndarray, all_logprobs: np.ndarray | None) -> tuple[list[int], StepLogprobs]:
+        """Of i32 [N, width]."""
+        named = 3 + 2 * self.num_top
+        floats = result.view(np.float32)
+        return result[:, 0].tolist(), StepLogprobs(
+            logprobs=floats[:, 1],
+            ranks=result[:, 2],
+            top_ids=result[:, 3 : 3 + self.num_top],
+            top_logprobs=floats[:, 3 + self.num_top : named],
+            named_logprobs=floats[:, named:],
+            all_logprobs=all_logprobs,
+        )
 
 
 def _num_bytes(spec: jax.ShapeDtypeStruct) -> int:

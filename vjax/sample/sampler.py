@@ -30,6 +30,21 @@ class Variant(enum.IntEnum):
     FULL = 2  # top_k, top_p, min_p and min_tokens
 
 
+class Feature(enum.IntFlag):
+    """What a sample program does beside drawing tokens. Programs with features are all of the variant FULL, and are
+    compiled when the first request asks for the combination."""
+
+    #: Allowed ids, biases, penalties and bad words.
+    PROCESSORS = 1
+    #: Log probabilities of the tokens drawn, of the most probable ones and of named ids.
+    LOGPROBS = 2
+    #: Those of the whole vocabulary as well.
+    ALL_LOGPROBS = 4
+
+
+NO_FEATURES = Feature(0)
+
+
 def gumbel_noise(seed_low: jax.Array, seed_high: jax.Array, position: jax.Array, vocab_size: int) -> jax.Array:
     """Standard Gumbel noise f32 [R, vocab_size] for seeds u32 [R], [R] and positions i32 [R]."""
 
@@ -61,8 +76,9 @@ def sample_tokens(
     min_position: jax.Array,
     masked_ids: jax.Array,
     implementation: str | None = None,
-) -> jax.Array:
-    """Tokens i32 [R] from logits f32 [R, V]; every parameter is [R] but masked_ids [R, K].
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens i32 [R] from logits f32 [R, V], and the logits that they were drawn from; every parameter is [R] but
+    masked_ids [R, K].
 
     Args:
         position: Index in the sequence of the token being drawn.
@@ -72,10 +88,11 @@ def sample_tokens(
         logits = mask_ids(logits, masked_ids, position < min_position)
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     if variant == Variant.GREEDY:
-        return greedy
+        return greedy, logits
     is_greedy = temperature < GREEDY_TEMPERATURE
     scaled = logits / jnp.where(is_greedy, jnp.float32(1), temperature)[:, None]
     if variant == Variant.FULL:
         scaled = truncate_logits(scaled, top_k, top_p, min_p, implementation=implementation)
     noise = gumbel_noise(seed_low, seed_high, position, logits.shape[1])
-    return jnp.where(is_greedy, greedy, jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32))
+    tokens = jnp.where(is_greedy, greedy, jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32))
+    return tokens, jnp.where(is_greedy[:, None], logits, scaled)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from vjax.config.cache import CacheConfig
 from vjax.config.scheduler import SchedulerConfig
 from vjax.errors import VjaxValidationError
-from vjax.messages import EngineOutput, EngineRequest, SchedulerOutput, StepOutput
+from vjax.messages import EngineOutput, EngineRequest, SchedulerOutput, StepLogprobs, StepOutput
 from vjax.request import Request
 from vjax.scheduler.batching import BatchingPolicy
 from vjax.scheduler.limits import check_request
@@ -23,7 +23,7 @@ from vjax.scheduler.recording import StepRecording
 from vjax.scheduler.repetition import REPETITION_DETECTED, ends_in_repetition
 from vjax.scheduler.state import SchedulerState
 from vjax.scheduler.stats import SchedulerStats
-from vjax.scheduler.step import StepBuilder
+from vjax.scheduler.step import InFlightStep, StepBuilder
 
 
 class Scheduler:
@@ -104,11 +104,15 @@ class Scheduler:
         assert next(iter(state.in_flight)) == step_id == output.step_id, "steps return in the order of execution"
         step = state.in_flight.pop(step_id)
         requests, block_size = step.sampling_requests(), state.kv.block_size
+        if step.scored:
+            assert output.scored is not None
+            _take_prompt_logprobs(step, output.scored)
         if not requests:
             return []  # Partial prefills only, or dropped by a reset.
         outputs: list[EngineOutput] = []
         num_finished = 0
-        for request, token_id in zip(requests, output.sampled_token_ids, strict=True):
+        logprobs = output.logprobs
+        for i, (request, token_id) in enumerate(zip(requests, output.sampled_token_ids, strict=True)):
             if request.finish_reason is not None:
                 continue
             request.num_placeholders -= 1
@@ -124,6 +128,11 @@ class Scheduler:
                 state.kv.cache_full_blocks(request)
             ended, why = request.finish_reason, request.stop_reason
             outputs.append(EngineOutput(request.request_id, [token_id], ended, why, request.num_cached_tokens or 0))
+            if logprobs is not None and request.wants_logprobs:
+                params = request.sampling_params
+                outputs[-1].new_logprobs = [logprobs.of(i, params.logprobs, params.logprob_token_ids or ())]
+            if request.prompt_logprobs is not None and num_tokens == request.num_prompt_tokens + 1:
+                outputs[-1].prompt_logprobs = request.prompt_logprobs
         state.stats.generation_tokens += len(outputs)
         if num_finished:
             state.drop_finished()
@@ -137,6 +146,7 @@ class Scheduler:
         state = self._state
         assert next(reversed(state.in_flight)) == scheduled.step_id, "only the latest step can be taken back"
         step = state.in_flight.pop(scheduled.step_id)
+        step.unscore()
         first_new_column = {id(request): first for request, first in step.grown}
         for index, request in enumerate(step.requests):
             request.num_computed_tokens -= scheduled.num_scheduled_tokens[index]
@@ -163,6 +173,7 @@ class Scheduler:
         assert lost and list(state.in_flight)[-len(lost) :] == lost, "steps behind a failed one are lost as well"
         steps = [state.in_flight.pop(step_id) for step_id in lost]
         for step in steps:
+            step.unscore()
             for request in step.sampling_requests():
                 request.num_placeholders -= 1
         failed = [request for request in steps[0].requests if not request.is_finished]
@@ -263,3 +274,12 @@ class Scheduler:
         request.num_cached_tokens = None
         if request.metrics is not None:
             request.metrics.scheduled_ts, request.metrics.num_cached_tokens = 0.0, 0
+
+
+def _take_prompt_logprobs(step: InFlightStep, scored: StepLogprobs) -> None:
+    i = 0
+    for request, _, count in step.scored:
+        assert request.prompt_logprobs is not None
+        k = request.sampling_params.prompt_logprobs
+        request.prompt_logprobs += [scored.of(j, k) for j in range(i, i + count)]
+        i += count

@@ -21,13 +21,23 @@ class InFlightStep:
     admitted: list[Request]
     #: Those of `admitted` that never had one before.
     first_admitted: list[Request]
+    #: Requests of whose prompt tokens are scored, with the position of the first of them and how many, in the order of
+    #: `SchedulerOutput.scored_token_ids`.
+    scored: list[tuple[Request, int, int]]
 
     def sampling_requests(self) -> list[Request]:
         return self.requests[: self.num_sampled]
 
     def drop(self) -> None:
         """The step's tokens, when they arrive, belong to nobody."""
+        self.unscore()
         self.requests, self.num_sampled = [], 0
+
+    def unscore(self) -> None:
+        """Log probabilities of prompt tokens do not arrive either: they are to be computed again."""
+        for request, first, _ in self.scored:
+            request.num_scored_tokens = min(request.num_scored_tokens, first)
+        self.scored = []
 
 
 class StepBuilder:
@@ -102,8 +112,36 @@ class StepBuilder:
             scheduled.block_rows += [request.row] * len(blocks)
             scheduled.block_columns += range(first, first + len(blocks))
             scheduled.block_ids += blocks
-        step = InFlightStep(requests, scheduled.num_sampled, self.grown, self.admitted, self.first_admitted)
+        scored = self._score_prompts(scheduled, len(decodes), chunked, counts)
+        step = InFlightStep(requests, scheduled.num_sampled, self.grown, self.admitted, self.first_admitted, scored)
         return scheduled, step
+
+    @staticmethod
+    def _score_prompts(
+        scheduled: SchedulerOutput, index: int, chunked: list[Request], counts: list[int]
+    ) -> list[tuple[Request, int, int]]:
+        """Asks for the log probabilities of prompt tokens that the step's chunks make known.
+
+        Args:
+            index: Where in the flat batch the chunks begin.
+        """
+        scored = []
+        for request, n in zip(chunked, counts, strict=True):
+            if request.prompt_logprobs is not None:
+                start = request.num_computed_tokens - n
+                # A token's logits are those of the position before it.
+                first = max(start + 1, request.num_scored_tokens)
+                end = min(request.num_computed_tokens + 1, request.num_prompt_tokens)
+                if first < end:
+                    scheduled.scored_indices += range(index + first - 1 - start, index + end - 1 - start)
+                    scheduled.scored_token_ids += request.token_ids[first:end]
+                    request.num_scored_tokens = end
+                    num_top = request.sampling_params.prompt_logprobs or 0
+                    asked = (num_top, scheduled.scored_num_top)
+                    scheduled.scored_num_top = -1 if -1 in asked else max(asked)
+                    scored.append((request, first, end - first))
+            index += n
+        return scored
 
     def _row_init(self, request: Request) -> RowInit:
         params = request.sampling_params
@@ -114,4 +152,5 @@ class StepBuilder:
             sampling_params=params,
             num_prompt_tokens=request.num_prompt_tokens,
             masked_token_ids=tuple(sorted(masked)),
+            bad_words_token_ids=request.bad_words_token_ids,
         )
