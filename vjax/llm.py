@@ -255,8 +255,8 @@ class LLM:
     def sleep(self, level: int = 1, mode: str = "abort") -> None:
         """Stops the engine and gives its device memory back to this process's pool, until `wake_up`.
 
-        Requests that are added meanwhile wait. `generate` does not wait with them: it raises an EngineAsleepError, which
-        is a RuntimeError. May be called again to sleep more deeply.
+        Requests that are added meanwhile wait. `generate` does not wait with them: it raises an EngineAsleepError, a
+        RuntimeError. May be called again to sleep more deeply.
 
         Args:
             level: 0 stops scheduling and keeps the memory. 1 frees the KV cache and moves the weights to the host. 2
@@ -276,8 +276,8 @@ class LLM:
         leaves them undefined until somebody loads some.)
 
         Args:
-            tags: Of "weights", "kv_cache" and "scheduling", to wake up one after the other; None is everything. Requests
-                run as soon as nothing sleeps any more.
+            tags: Of "weights", "kv_cache" and "scheduling", to wake up one after the other; None is everything.
+                Requests run as soon as nothing sleeps any more.
 
         Raises:
             VjaxValidationError: There is no such tag; or, as OutOfMemoryError, something else took the memory.
@@ -297,8 +297,8 @@ class LLM:
 
         Args:
             params: Names -> numpy, jax or torch arrays of any float dtype, which stay the caller's. Names are those of
-                `get_weights`, or of the tensors of the Hugging Face checkpoint, or both. Or all leaves as a tuple, in the
-                order of `get_weights`.
+                `get_weights`, or of the tensors of the Hugging Face checkpoint, or both. Or all leaves as a tuple, in
+                the order of `get_weights`.
             partial: Leaves that are not named stay as they are; otherwise all must be named.
 
         Raises:

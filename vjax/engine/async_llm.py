@@ -299,7 +299,7 @@ class AsyncLLM:
         return await self._call("is_sleeping")
 
     async def update_weights(self, params: Mapping[str, Any] | Sequence[Any], *, partial: bool = False) -> None:
-        """As `LLM.update_weights`. Requests that come meanwhile wait. Whoever is cancelled half-way leaves an engine that
+        """As `LLM.update_weights`. Requests that come meanwhile wait. Who is cancelled half-way leaves an engine that
         sleeps without weights.
 
         Raises:

@@ -143,7 +143,13 @@ def build_runner(
 
     started = time.perf_counter()
     load = functools.partial(
-        load_weights, model, model_dir, mesh=mesh, load_format=config.load.load_format, seed=config.model.seed, given=given
+        load_weights,
+        model,
+        model_dir,
+        mesh=mesh,
+        load_format=config.load.load_format,
+        seed=config.model.seed,
+        given=given,
     )
     with _lowered_elsewhere(executables) as lowered:
         leaves = load()

@@ -94,8 +94,8 @@ class EngineControl(ABC):
         return done
 
     def wake_up(self, tags: Sequence[str] | None = None) -> None:
-        """Brings back what `tags` name, of "weights", "kv_cache" and "scheduling"; None is all of it. Requests run again
-        as soon as nothing sleeps any more.
+        """Brings back what `tags` name, of "weights", "kv_cache" and "scheduling"; None is all of it. Requests run as
+        soon as nothing sleeps any more.
 
         Weights that were dropped, and not updated since, are loaded anew.
 
@@ -210,7 +210,9 @@ class EngineControl(ABC):
             return
         self.runner.weights.abandon_update()
         if not self.runner.weights.are_on_device:
-            log.error("an update of the weights was not finished, so they were dropped: wake_up() loads the checkpoint's")
+            log.error(
+                "an update of the weights was not finished, so they were dropped: wake_up() loads the checkpoint's"
+            )
         self._updated()
 
     def _updated(self) -> None:
@@ -234,8 +236,8 @@ class EngineControl(ABC):
         if not callable(function):
             names = [n for n in dir(self.runner) if not n.startswith("_") and callable(getattr(self.runner, n))]
             raise VjaxValidationError(
-                f"The runner has no method {method!r}; there are {', '.join(names)}. Or pass a function, which gets the "
-                "runner.",
+                f"The runner has no method {method!r}; there are {', '.join(names)}. Or pass a function, which gets "
+                "the runner.",
                 parameter="method",
                 value=method,
             )

@@ -25,7 +25,8 @@ def check_sleep(level: Any, mode: Any) -> None:
     """Raises: VjaxValidationError for a level or a mode that there is not."""
     if isinstance(level, bool) or level not in (0, 1, 2):
         raise VjaxValidationError(
-            f"level={level!r} must be 0 (stop scheduling), 1 (free the KV cache, weights to the host) or 2 (drop both).",
+            f"level={level!r} must be 0 (stop scheduling), 1 (free the KV cache, move weights to the host) or 2 "
+            "(drop both).",
             parameter="level",
             value=level,
         )
@@ -69,16 +70,18 @@ def weight_update(params: Any, *, partial: bool, to_host: bool) -> Generator[Cor
         arrays = dict(enumerate(params))
     else:
         raise VjaxValidationError(
-            f"params is a {type(params).__name__}; pass a mapping of names to arrays, or a tuple of leaves in the order of "
-            "get_weights().",
+            f"params is a {type(params).__name__}; pass a mapping of names to arrays, or a tuple of leaves in the order "
+            "of get_weights().",
             parameter="params",
         )
-    wrong = [f"{k!r}: {type(v).__name__}" for k, v in arrays.items() if not hasattr(v, "shape") or not hasattr(v, "dtype")]
+    wrong = [
+        f"{k!r}: {type(v).__name__}" for k, v in arrays.items() if not hasattr(v, "shape") or not hasattr(v, "dtype")
+    ]
     wrong += [f"the name {k!r}" for k in arrays if isinstance(params, Mapping) and not isinstance(k, str)]
     if wrong:
         raise VjaxValidationError(
-            f"params must be arrays under their names, and these are not: {', '.join(wrong[:20])}. A nested tree has to "
-            "be flattened.",
+            f"params must be arrays under their names, and these are not: {', '.join(wrong[:20])}. A nested tree has "
+            "to be flattened.",
             parameter="params",
         )
     specs: dict[Key, ArraySpec] = {

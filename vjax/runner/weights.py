@@ -122,11 +122,12 @@ class Weights:
             if name not in self._on_host:
                 raise EngineAsleepError("The weights were dropped: call wake_up() or update_weights() first.")
             return self._on_host[name].copy()
-        copy = np.empty(leaf.shape, leaf.dtype)
-        # Not np.asarray(leaf): the leaf would keep what that gives for as long as it lives.
-        for i, shard in enumerate(leaf.addressable_shards):
-            copy[shard.index] = np.asarray(leaf.addressable_data(i))
-        return copy
+        # By way of a copy on the device: an array keeps what numpy gets from it for as long as it lives itself.
+        copy = place(leaf, self._sharding(name))
+        try:
+            return np.array(copy)
+        finally:
+            copy.delete()
 
     def begin_update(self, specs: Mapping[Key, ArraySpec], *, partial: bool) -> list[list[Key]]:
         """Checks an update. Nothing has changed yet; after the first `update` it has to go on to `end_update`, or to
@@ -145,7 +146,8 @@ class Weights:
         """
         if partial and not self.are_on_device:
             raise EngineAsleepError(
-                'The weights are not on the device: call wake_up(tags=["weights"]) before a partial update, or pass all.'
+                'The weights are not on the device: call wake_up(tags=["weights"]) before a partial update, or pass '
+                "all of them."
             )
         updates = plan_update(
             specs,

@@ -116,8 +116,8 @@ def plan_update(
 def _by_name(arrays: Mapping[Key, ArraySpec], leaf_names: tuple[str, ...]) -> dict[Key, ArraySpec]:
     if len(arrays) != len(leaf_names):
         raise VjaxValidationError(
-            f"{len(arrays)} arrays were given, and the model has {len(leaf_names)} leaves; nothing was changed. Pass all "
-            "of them in the order of get_weights(), or a mapping of names to arrays.",
+            f"{len(arrays)} arrays were given, and the model has {len(leaf_names)} leaves; nothing was changed. Pass "
+            "all of them in the order of get_weights(), or a mapping of names to arrays.",
             parameter="params",
         )
     return dict(zip(leaf_names, arrays.values(), strict=True))
