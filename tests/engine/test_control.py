@@ -7,6 +7,7 @@ import gc
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -19,7 +20,12 @@ from vjax.errors import EngineAsleepError
 from vjax.weights.hub import resolve_model_path
 
 #: As in other tests, so that what they compiled is found.
-SMALL = {"max_model_len": 256, "max_num_seqs": 4, "max_num_batched_tokens": 64, "kv_cache_memory_bytes": 16 << 20}
+SMALL: dict[str, Any] = {
+    "max_model_len": 256,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 64,
+    "kv_cache_memory_bytes": 16 << 20,
+}
 PROMPTS = ["def add(a, b):", "import os", "class Node:\n    def __init__(self, value):\n        self.value"]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 ENDLESS = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
@@ -188,9 +194,9 @@ def test_update_gives_what_an_engine_with_these_weights_gives(llm, original, exp
     assert texts(llm) == expected
     compiled = []
 
-    def count(name: str, *_: object, **__: object) -> None:
-        if name.endswith("backend_compile_duration"):
-            compiled.append(name)
+    def count(event: str, duration_secs: float, **_: object) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append((event, duration_secs))
 
     jax.monitoring.register_event_duration_secs_listener(count)
     try:

@@ -324,8 +324,8 @@ class AsyncLLM:
 
     async def get_weights(self, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """As `LLM.get_weights`."""
-        names = await self._call("weight_names") if names is None else names
-        return {name: await self._call("get_weight", name) for name in names}
+        wanted = await self._call("weight_names") if names is None else names
+        return {name: await self._call("get_weight", name) for name in wanted}
 
     async def collective_rpc(
         self, method: str | Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

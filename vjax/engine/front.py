@@ -288,8 +288,8 @@ class BaseLLMEngine:
     def get_weights(self, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """Copies of the leaves; as `LLM.get_weights`."""
         self._check_running()
-        names = self._core.call("weight_names") if names is None else names
-        return {name: self._core.call("get_weight", name) for name in names}
+        wanted = self._core.call("weight_names") if names is None else names
+        return {name: self._core.call("get_weight", name) for name in wanted}
 
     def collective_rpc(
         self, method: str | Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

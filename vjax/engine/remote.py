@@ -70,8 +70,8 @@ def weight_update(params: Any, *, partial: bool, to_host: bool) -> Generator[Cor
         arrays = dict(enumerate(params))
     else:
         raise VjaxValidationError(
-            f"params is a {type(params).__name__}; pass a mapping of names to arrays, or a tuple of leaves in the order "
-            "of get_weights().",
+            f"params is a {type(params).__name__}; pass a mapping of names to arrays, or a tuple of leaves in the "
+            "order of get_weights().",
             parameter="params",
         )
     wrong = [

@@ -141,7 +141,7 @@ def pack_leaf(sources: LeafSources, tensors: list[list[Any]], dtype, sharding: N
 
 def place(array: Any, sharding: NamedSharding) -> jax.Array:
     """A numpy or jax array on its placement, in memory of its own."""
-    if isinstance(array, np.ndarray) and sharding.mesh.devices.flat[0].platform == "cpu":
+    if isinstance(array, np.ndarray) and next(iter(sharding.device_set)).platform == "cpu":
         # The CPU takes numpy's memory as it is where that is aligned, whatever may_alias says: a file's, or the user's.
         array = array.copy()
     return jax.device_put(array, sharding, may_alias=False)
