@@ -83,7 +83,11 @@ class EngineControl(ABC):
 
         Returns:
             Done when the core sleeps.
+
+        Raises:
+            RuntimeError: An update of the weights is under way.
         """
+        self._check_not_updating()
         done: Future[None] = Future()
         self._falling_asleep.append((level, done))
         if wait and not self._is_asleep and self.scheduler.num_running:
@@ -102,7 +106,9 @@ class EngineControl(ABC):
         Raises:
             EngineAsleepError: Scheduling alone cannot go on while weights or KV cache sleep.
             OutOfMemoryError, ModelLoadError: What cannot be brought back sleeps on.
+            RuntimeError: An update of the weights is under way.
         """
+        self._check_not_updating()
         for _, waiter in self._stop_falling_asleep():
             waiter.set_exception(RuntimeError("wake_up() was called before the engine slept."))
         if not self._is_asleep:
@@ -182,8 +188,9 @@ class EngineControl(ABC):
         Raises:
             VjaxValidationError: They do not fit; nothing has changed.
             EngineAsleepError: The update is partial, and the other weights sleep.
-            RuntimeError: Requests are unfinished, and the engine does not sleep.
+            RuntimeError: Requests are unfinished, and the engine does not sleep; or another update is under way.
         """
+        self._check_not_updating()
         if not self._is_asleep and self.scheduler.has_unfinished_requests:
             raise RuntimeError(
                 "The weights cannot change while requests are unfinished: wait for them, abort them, or let them wait "
@@ -214,6 +221,10 @@ class EngineControl(ABC):
                 "an update of the weights was not finished, so they were dropped: wake_up() loads the checkpoint's"
             )
         self._updated()
+
+    def _check_not_updating(self) -> None:
+        if self._is_updating:
+            raise RuntimeError("An update of the weights is under way; wait for it.")
 
     def _updated(self) -> None:
         self._is_updating = False

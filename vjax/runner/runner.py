@@ -158,8 +158,12 @@ class ModelRunner:
             self.use_weights()
         if "kv_cache" in tags and self._kv is None:
             device = self.mesh.devices.flat[0]
-            with room_for_small_arrays(device) if self.executables.platform == "gpu" else nullcontext():
-                self.reset()
+            try:
+                with room_for_small_arrays(device) if self.executables.platform == "gpu" else nullcontext():
+                    self.reset()
+            except BaseException:
+                self._free_cache()
+                raise
 
     def module(self) -> Any:
         """The Flax module, whose parameters are the engine's own arrays: to look at, and not to keep.

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from vjax.errors import EngineAsleepError, VjaxValidationError
 from vjax.models.functional import FunctionalModel
 from vjax.parallel.sharding import named_sharding
+from vjax.runner.memory import explained
 from vjax.weights.loader import pack_leaf, place
 from vjax.weights.update import ArraySpec, Key, LeafUpdate, plan_update
 
@@ -76,13 +77,23 @@ class Weights:
         self.delete()
 
     def restore(self) -> None:
-        """Puts all leaves onto the device: from the host, else as the engine got them at its start."""
+        """Puts all leaves onto the device: from the host, else as the engine got them at its start.
+
+        Raises:
+            OutOfMemoryError: The device has no room for them; they stay where they are.
+            ModelLoadError: The checkpoint cannot be read any more.
+        """
         if self.are_on_device:
             return
         if len(self._on_host) == len(self._model.leaf_names):
-            for name in self._model.leaf_names:
-                self._leaves[name] = jax.device_put(self._on_host[name], self._sharding(name), may_alias=False)
-            jax.block_until_ready(self._leaves)
+            try:
+                with explained(self._model.leaf_specs.values(), "the weights"):
+                    for name in self._model.leaf_names:
+                        self._leaves[name] = jax.device_put(self._on_host[name], self._sharding(name), may_alias=False)
+                    jax.block_until_ready(self._leaves)
+            except BaseException:
+                self.delete()
+                raise
         else:
             self.reload()
         self._on_host = {}
@@ -95,7 +106,8 @@ class Weights:
         """
         assert self._load is not None, "the engine was built from leaves"
         self.drop()
-        self._leaves = dict(zip(self._model.leaf_names, self._load(), strict=True))
+        with explained(self._model.leaf_specs.values(), "the weights"):
+            self._leaves = dict(zip(self._model.leaf_names, self._load(), strict=True))
         self._on_host = {}
 
     def delete(self) -> None:
