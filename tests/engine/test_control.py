@@ -15,7 +15,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from vjax import LLM, AsyncEngineArgs, AsyncLLM, RequestOutputKind, SamplingParams, VjaxValidationError
+import vjax.runner.runner
+from vjax import (
+    LLM,
+    AsyncEngineArgs,
+    AsyncLLM,
+    OutOfMemoryError,
+    RequestOutputKind,
+    SamplingParams,
+    VjaxValidationError,
+)
 from vjax.errors import EngineAsleepError
 from vjax.weights.hub import resolve_model_path
 
@@ -137,6 +146,25 @@ def test_parts_wake_up_one_after_the_other(llm, original, expected):
     llm.wake_up(["weights"])
     assert not llm.is_sleeping() and texts(llm) == expected
     llm.wake_up()  # of an engine that is awake
+
+
+def test_a_wake_up_without_memory_can_be_tried_again(llm, expected, monkeypatch):
+    runner = llm.llm_engine._core.runner
+    allocate = vjax.runner.runner.allocate
+
+    def no_room_for_rows(specs, shardings, what):
+        if "rows" in what:
+            raise OutOfMemoryError("full")
+        return allocate(specs, shardings, what)
+
+    llm.sleep(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(vjax.runner.runner, "allocate", no_room_for_rows)
+        with pytest.raises(OutOfMemoryError):
+            llm.wake_up()
+    assert llm.is_sleeping() and runner.asleep == {"kv_cache"}
+    llm.wake_up()
+    assert texts(llm) == expected
 
 
 @pytest.mark.parametrize("mode", ["abort", "wait", "keep"])
