@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import random
 import shutil
@@ -26,7 +27,13 @@ from vjax import (
     VjaxValidationError,
 )
 from vjax.errors import EngineAsleepError
+from vjax.models.functional import build_model
+from vjax.models.registry import arch_config_from_hf, read_hf_config
+from vjax.parallel.sharding import make_mesh
+from vjax.runner.weights import Weights
 from vjax.weights.hub import resolve_model_path
+from vjax.weights.loader import load_weights
+from vjax.weights.update import ArraySpec, Key
 
 #: As in other tests, so that what they compiled is found.
 SMALL: dict[str, Any] = {
@@ -510,3 +517,28 @@ def test_engine_in_a_process(monkeypatch, original, expected, other):
         with pytest.raises(VjaxValidationError, match="result cannot be sent"):
             llm.collective_rpc(unsendable)
         assert texts(llm) == other[1]
+
+
+def test_scales_of_a_quantised_cache_outlive_the_weights():
+    path = resolve_model_path("vjax-tiny")
+    arch = arch_config_from_hf(read_hf_config(path))
+    shape = (arch.num_layers, arch.num_kv_heads)
+    given = {f"vectors.{kind}_scale": np.full(shape, 0.25 + i, "f") for i, kind in enumerate("kv")}
+    model, mesh = build_model(arch, jax.numpy.float32, kv_scales=True), make_mesh()
+    load = functools.partial(load_weights, model, path, mesh=mesh, given=given)
+    weights = Weights(model, load(), mesh, load)
+    tensors = {name: 2 * tensor for name, tensor in load_file(path / "model.safetensors").items()}
+    norm = weights.host_copy("norm")
+    weights.drop()
+    specs: dict[Key, ArraySpec] = {name: (tensor.shape, str(tensor.dtype)) for name, tensor in tensors.items()}
+    for keys in weights.begin_update(specs, partial=False):
+        weights.update({key: tensors[str(key)] for key in keys})
+    weights.end_update()
+    np.testing.assert_array_equal(weights.host_copy("norm"), 2 * norm)
+    for name, scale in given.items():
+        np.testing.assert_array_equal(weights.host_copy(name), scale)
+    weights.drop()
+    weights.restore()
+    np.testing.assert_array_equal(weights.host_copy("norm"), norm)
+    np.testing.assert_array_equal(weights.host_copy("vectors.v_scale"), given["vectors.v_scale"])
+    weights.delete()
