@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "parallel": set(),
     "parsers": set(),
     "plot": set(),
-    "runner": {"models", "parallel", "sample"},
+    "runner": {"models", "parallel", "sample", "weights"},
     "sample": set(),
     "scheduler": {"kv"},
     "text": set(),

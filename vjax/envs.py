@@ -6,6 +6,7 @@
 | VJAX_ENABLE_V1_MULTIPROCESSING | 1: the engine core in a process of its own, 0: in this one | see below |
 | VJAX_CACHE_DIR | folder for lowered and compiled programs | ~/.cache/vjax |
 | VJAX_COMPILE_CACHE | 0: do not keep lowered and compiled programs between processes | 1 |
+| VJAX_PROFILER_DIR | folder of the traces that `start_profile` begins; the argument profiler_dir wins | none |
 | VJAX_LOG_LEVEL | DEBUG, INFO, WARNING or ERROR | INFO |
 | VJAX_LOG_FORMAT | text, or json: every log record is one JSON object on a line of its own | text |
 
@@ -52,6 +53,11 @@ def cache_dir() -> Path:
     """Folder for what outlives the process. It need not exist."""
     folder = os.environ.get("VJAX_CACHE_DIR", "").strip()
     return Path(folder or "~/.cache/vjax").expanduser()
+
+
+def profiler_dir() -> str | None:
+    """Folder for traces; None: there are none."""
+    return os.environ.get("VJAX_PROFILER_DIR", "").strip() or None
 
 
 def compile_cache_enabled() -> bool:

@@ -2,7 +2,7 @@
 
 `VjaxValidationError` and its subclasses (all `ValueError`): the caller passed something that cannot work; the text says
 what was got, what is allowed and what to do. `EngineStepError`: the device failed a step; the engine itself goes on.
-`EngineDeadError`: the engine is gone, with all of its requests.
+`EngineDeadError`: the engine is gone, with all of its requests. `EngineAsleepError`: somebody has to wake it up first.
 `NotImplementedError` is used as is, for a path that cannot serve a valid request while another one can.
 """
 
@@ -38,6 +38,10 @@ class OutOfMemoryError(VjaxValidationError):
 
 class EngineStepError(RuntimeError):
     """A step failed on the device. Only the requests of that step are lost."""
+
+
+class EngineAsleepError(RuntimeError):
+    """The engine sleeps and cannot do this now; the text says what to wake, or to call, first."""
 
 
 class EngineDeadError(RuntimeError):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from vjax.config.engine_args import EngineArgs
@@ -242,8 +243,125 @@ class LLM:
         return self.llm_engine.get_metrics()
 
     def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
-        """Forgets every cached prefix; False while a request holds blocks."""
+        """Forgets every cached prefix; False while a request holds blocks.
+
+        Args:
+            reset_running_requests: Running requests give their blocks back first, and are computed again.
+        """
         return self.llm_engine.reset_prefix_cache(reset_running_requests)
+
+    # ---- control ------------------------------------------------------------------------------------------------
+
+    def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """Stops the engine and gives its device memory back to this process's pool, until `wake_up`.
+
+        Requests that are added meanwhile wait. `generate` does not wait with them: it raises an EngineAsleepError, a
+        RuntimeError. May be called again to sleep more deeply.
+
+        Args:
+            level: 0 stops scheduling and keeps the memory. 1 frees the KV cache and moves the weights to the host. 2
+                drops the weights as well.
+            mode: Unfinished requests end with finish_reason "abort" ("abort"); those that run are finished first, and
+                the others wait ("wait"); or all wait ("keep"), and those that ran are computed again.
+
+        Raises:
+            VjaxValidationError: There is no such level or mode.
+        """
+        self.llm_engine.sleep(level, mode)
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Ends the sleep: outputs are those that the engine would have given, and the prefix cache is empty.
+
+        Weights that level 2 dropped are loaded from the checkpoint, unless `update_weights` has brought others. (vLLM
+        leaves them undefined until somebody loads some.)
+
+        Args:
+            tags: Of "weights", "kv_cache" and "scheduling", to wake up one after the other; None is everything.
+                Requests run as soon as nothing sleeps any more.
+
+        Raises:
+            VjaxValidationError: There is no such tag; or, as OutOfMemoryError, something else took the memory.
+            EngineAsleepError: "scheduling" alone was to go on, without weights or KV cache.
+        """
+        self.llm_engine.wake_up(tags)
+
+    def is_sleeping(self) -> bool:
+        """Asleep at any level, in part as well."""
+        return self.llm_engine.is_sleeping()
+
+    def update_weights(self, params: Mapping[str, Any] | Sequence[Any], *, partial: bool = False) -> None:
+        """Puts new weights in the place of the old ones; nothing is compiled, and the prefix cache is forgotten.
+
+        Leaves are exchanged one at a time, so that a device has to hold one leaf twice at most. If that fails half-way,
+        all weights are dropped and the engine sleeps.
+
+        Args:
+            params: Names -> numpy, jax or torch arrays of any float dtype, which stay the caller's. Names are those of
+                `get_weights`, or of the tensors of the Hugging Face checkpoint, or both. Or all leaves as a tuple, in
+                the order of `get_weights`.
+            partial: Leaves that are not named stay as they are; otherwise all must be named.
+
+        Raises:
+            VjaxValidationError: Lists all that is missing, unknown, mis-shaped or no float. Nothing has changed.
+            RuntimeError: Requests are unfinished and the engine does not sleep; with sleep(level=0, mode="keep") they
+                wait, and go on with the new weights, which compute their KV anew.
+            EngineAsleepError: The update is partial, and the other weights sleep.
+        """
+        self.llm_engine.update_weights(params, partial=partial)
+
+    def get_weights(self, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """The weights by the names of the engine's leaves, in its order and dtypes, as copies on the host.
+
+        Args:
+            names: Of the leaves that are wanted; None is all.
+
+        Raises:
+            VjaxValidationError: There is no such leaf.
+            EngineAsleepError: The weights were dropped by sleep(level=2).
+        """
+        return self.llm_engine.get_weights(names)
+
+    def collective_rpc(
+        self, method: str | Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> list[Any]:
+        """Calls the engine's one `ModelRunner` between two steps; returns a list of one result.
+
+        Args:
+            method: Name of a public method of the runner, such as "reload_weights", or a function that gets the runner
+                and then args and kwargs. For an engine in another process it has to be importable, and the result to be
+                picklable.
+
+        Raises:
+            VjaxValidationError: There is no such method, or the call or its result cannot cross.
+            What the method raises.
+        """
+        return self.llm_engine.collective_rpc(method, args, kwargs)
+
+    def apply_model(self, func: Callable[[Any], Any]) -> list[Any]:
+        """Calls `func` with the Flax module, whose parameters are the engine's own arrays: to look at, and not to keep.
+        Returns a list of one result. See `collective_rpc`."""
+        return self.llm_engine.apply_model(func)
+
+    def start_profile(self, profile_prefix: str | None = None) -> None:
+        """Begins a trace of `jax.profiler`, in the folder that the engine argument profiler_dir or the variable
+        VJAX_PROFILER_DIR names.
+
+        Args:
+            profile_prefix: Folder of this trace, inside that one.
+
+        Raises:
+            VjaxValidationError: There is no folder.
+            RuntimeError: A trace is being recorded already.
+        """
+        self.llm_engine.start_profile(profile_prefix)
+
+    def stop_profile(self) -> None:
+        """Ends the trace and writes it.
+
+        Raises:
+            RuntimeError: None is being recorded.
+        """
+        self.llm_engine.stop_profile()
 
     def shutdown(self) -> None:
         """Frees the device arrays; nothing can be generated afterwards. May be called more than once."""

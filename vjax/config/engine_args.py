@@ -96,6 +96,8 @@ class EngineArgs:
     stream_interval: int = 1
     #: Keep no metrics and log no throughput.
     disable_log_stats: bool = True
+    #: Folder of the traces that `start_profile` begins; None: the variable VJAX_PROFILER_DIR, else there are none.
+    profiler_dir: str | None = None
     #: None: the variables VJAX_USE_V1, then VLLM_USE_V1, else V1.
     use_v1: bool | None = None
 
@@ -176,6 +178,7 @@ class EngineArgs:
             load=LoadConfig(self.load_format, self.revision, self.download_dir),
             stream_interval=self.stream_interval,
             disable_log_stats=self.disable_log_stats,
+            profiler_dir=self.profiler_dir or envs.profiler_dir(),
             use_v1=use_v1,
         )
 
@@ -264,6 +267,7 @@ CHECKS: dict[str, checks.Check] = {
     "logprobs_mode": checks.choice("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"),
     "stream_interval": checks.integer(1),
     "disable_log_stats": checks.boolean,
+    "profiler_dir": checks.optional(checks.path),
     "use_v1": _optional_bool,
 }
 

@@ -60,3 +60,5 @@ class EngineConfig:
     use_v1: bool
     #: Least number of tokens between two streamed outputs of a request, after its first.
     stream_interval: int = 1
+    #: Folder of traces; None: none are written.
+    profiler_dir: str | None = None

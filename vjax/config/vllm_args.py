@@ -18,7 +18,7 @@ IGNORED = frozenset(
     fully_sharded_loras lora_extra_vocab_size limit_mm_per_prompt mm_processor_kwargs mm_processor_cache_gb
     disable_chunked_mm_input skip_mm_profiling interleave_mm_strings allowed_local_media_path allowed_media_domains
     master_addr master_port kv_offloading_backend multi_step_stream_outputs show_hidden_metrics_for_version
-    data_parallel_backend block_hash_algo language_model_only
+    data_parallel_backend block_hash_algo language_model_only enable_sleep_mode
     """.split()
 )
 
@@ -68,7 +68,6 @@ ONLY: dict[str, Only] = {
     "lora_modules": Only((None,), _LORA),
     "cpu_offload_gb": Only((0, None), _OFFLOAD),
     "kv_offloading_size": Only((None,), _OFFLOAD),
-    "enable_sleep_mode": Only((False,), _OFFLOAD),
     "kv_transfer_config": Only((None,), _REMOTE),
     "kv_events_config": Only((None,), _REMOTE),
     "ec_transfer_config": Only((None,), _REMOTE),
@@ -107,7 +106,7 @@ ONLY: dict[str, Only] = {
     "num_scheduler_steps": Only((1,), _V0_ONLY),
     "scheduler_delay_factor": Only((0,), _V0_ONLY),
     "reasoning_parser": Only((None, ""), "texts are returned as they are generated"),
-    "profiler_config": Only((None,), "use jax.profiler"),
+    "profiler_config": Only((None,), "profiler_dir names the folder of start_profile's traces"),
     "otlp_traces_endpoint": Only((None,), "traces are not exported"),
     "collect_detailed_traces": Only((None, []), "traces are not exported"),
 }

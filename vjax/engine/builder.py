@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from vjax.config.engine_args import EngineArgs
 from vjax.config.engine_config import DEFAULT_MAX_LOGPROBS, EngineConfig
 from vjax.config.generation import read_generation_config
 from vjax.engine.core import EngineCore
+from vjax.engine.profiler import Profiler
 from vjax.engine.protocol import EngineInfo
 from vjax.log import logger
 from vjax.models.arch import ArchConfig
@@ -98,7 +100,10 @@ def build_engine(args: EngineArgs, *, with_tokenizer: bool = True) -> BuiltEngin
     )
     runner, config = build_runner(config, arch, model_dir, device)
     core = EngineCore(
-        make_scheduler(config.scheduler, config.cache), runner, async_scheduling=config.scheduler.async_scheduling
+        make_scheduler(config.scheduler, config.cache),
+        runner,
+        async_scheduling=config.scheduler.async_scheduling,
+        profiler=Profiler(config.profiler_dir),
     )
     log.info(
         "engine ready in %.1f s: %s, %s, %s mode, %d KV blocks of %d tokens",
@@ -137,12 +142,19 @@ def build_runner(
     executables = Executables(Step(model, geometry), buckets, mesh, kind)
 
     started = time.perf_counter()
+    load = functools.partial(
+        load_weights,
+        model,
+        model_dir,
+        mesh=mesh,
+        load_format=config.load.load_format,
+        seed=config.model.seed,
+        given=given,
+    )
     with _lowered_elsewhere(executables) as lowered:
-        leaves = load_weights(
-            model, model_dir, mesh=mesh, load_format=config.load.load_format, seed=config.model.seed, given=given
-        )
+        leaves = load()
         try:
-            return _start_runner(config, executables, leaves, device, lowered, started), config
+            return _start_runner(config, executables, leaves, load, device, lowered, started), config
         except BaseException:
             for leaf in leaves:
                 leaf.delete()
@@ -204,6 +216,7 @@ def _start_runner(
     config: EngineConfig,
     executables: Executables,
     leaves: tuple,
+    load: Callable[[], tuple],
     device: Any,
     lowered: LoweredPrograms | None,
     started: float,
@@ -212,10 +225,11 @@ def _start_runner(
     after the weights, because scratch among them would leave holes that no array of the cache fits.
 
     Args:
+        load: Makes the leaves again.
         started: When weights began to be loaded, by `time.perf_counter`, for the log.
     """
     if executables.platform != "gpu":
-        return ModelRunner(leaves, executables)
+        return ModelRunner(leaves, executables, load)
     loaded = time.perf_counter()
     executables.compile_all(
         progress=_compile_progress,
@@ -227,7 +241,7 @@ def _start_runner(
     memory.check_temporaries(compiled_all, executables.step.model.arch, config, itemsize)
     compiled = time.perf_counter()
     with memory.room_for_small_arrays(device):
-        runner = ModelRunner(leaves, executables)
+        runner = ModelRunner(leaves, executables, load)
     runner.warm_up()
     log.info(
         "start: weights %.1f s, then programs %.1f s (%s), KV cache and warm-up %.1f s",

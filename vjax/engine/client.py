@@ -36,9 +36,11 @@ class EngineClient(ABC):
 
     Attributes:
         info: What the core was built with.
+        in_process: Arguments of calls reach the core as they are.
     """
 
     info: EngineInfo
+    in_process = False
 
     def __init__(self, on_outputs: Callable[[Outputs], None], on_death: Callable[[EngineDeadError], None]):
         self._on_outputs = weakref.WeakMethod(on_outputs)
@@ -78,7 +80,12 @@ class EngineClient(ABC):
                 return future
             call_id = next(self._call_ids)
             self._calls[call_id] = future
-        self._post(Call(call_id, method, arguments))
+        try:
+            self._post(Call(call_id, method, arguments))
+        except Exception:  # the arguments cannot be sent
+            with self._lock:
+                self._calls.pop(call_id, None)
+            raise
         return future
 
     @abstractmethod
@@ -126,6 +133,8 @@ class EngineClient(ABC):
 
 class ThreadClient(EngineClient):
     """A core in a thread of this process, which owns it from here on."""
+
+    in_process = True
 
     def __init__(
         self,

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
-from vjax.errors import EngineStepError
+from vjax.engine.control import EngineControl
+from vjax.engine.profiler import Profiler
+from vjax.errors import EngineAsleepError, EngineStepError
 from vjax.log import logger
 from vjax.messages import EngineOutput, EngineRequest, SchedulerOutput
 from vjax.runner.runner import ModelRunner, StepHandle
@@ -18,20 +21,21 @@ from vjax.scheduler.stats import SchedulerStats
 log = logger(__name__)
 
 
-class EngineCore:
+class EngineCore(EngineControl):
     """Schedules, executes, updates.
 
     Args:
         scheduler: Decides what runs; owns requests and KV blocks.
         runner: Runs it; owns the device.
         async_scheduling: Dispatch step N+1 before the tokens of step N are on the host.
+        profiler: Writes profiles; None: there are none.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, *, async_scheduling: bool):
-        self.scheduler = scheduler
-        self.runner = runner
+    def __init__(
+        self, scheduler: Scheduler, runner: ModelRunner, *, async_scheduling: bool, profiler: Profiler | None = None
+    ):
+        super().__init__(scheduler, runner, self._step_overlapped if async_scheduling else self._step, profiler)
         self._in_flight: deque[tuple[SchedulerOutput, StepHandle]] = deque()
-        self.step = self._step_overlapped if async_scheduling else self._step
 
     def _step(self) -> list[EngineOutput]:
         """One step, start to end."""
@@ -63,6 +67,18 @@ class EngineCore:
             return self._recover(lost, e)
         self._in_flight.popleft()
         return self.scheduler.update(oldest, output)
+
+    def _finish_in_flight(self) -> list[EngineOutput]:
+        outputs: list[EngineOutput] = []
+        while self._in_flight:
+            scheduled, handle = self._in_flight[0]
+            try:
+                output = handle.result()
+            except EngineStepError as e:
+                return outputs + self._recover([s for s, _ in self._in_flight], e)
+            self._in_flight.popleft()
+            outputs += self.scheduler.update(scheduled, output)
+        return outputs
 
     def _execute(self, scheduled: SchedulerOutput) -> StepHandle:
         try:
@@ -103,8 +119,18 @@ class EngineCore:
     #: The numbers after the latest step whose outputs were handed out.
     latest_stats = stats
 
+    def call(self, method: str, *arguments: Any) -> Any:
+        """A method by its name, as clients in other processes call it."""
+        return getattr(self, method)(*arguments)
+
     def warm_up(self) -> None:
-        """Compiles and runs everything that any step may need. To be called while nothing runs."""
+        """Compiles and runs everything that any step may need. To be called while nothing runs.
+
+        Raises:
+            EngineAsleepError: The engine sleeps.
+        """
+        if self.is_sleeping():
+            raise EngineAsleepError("The engine is asleep: call wake_up() before warm_up().")
         self.runner.executables.compile_all()
         self.runner.warm_up()
 
@@ -118,4 +144,5 @@ class EngineCore:
 
     def shutdown(self) -> None:
         self._in_flight.clear()
+        self._profiler.shutdown()
         self.runner.shutdown()

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+import numpy as np
 
 from vjax import envs
 from vjax.config.engine_args import EngineArgs
@@ -24,7 +26,8 @@ from vjax.engine.interrupt import DeferInterrupt
 from vjax.engine.output_processor import OutputProcessor
 from vjax.engine.process_core import ProcessCore
 from vjax.engine.recorder import MetricsRecorder
-from vjax.errors import VjaxValidationError
+from vjax.engine.remote import OnModel, check_sleep, check_tags, remote_function, weight_update
+from vjax.errors import EngineAsleepError, VjaxValidationError
 from vjax.log import logger
 from vjax.metrics import Metric
 from vjax.outputs import RequestOutput, StepRecord
@@ -145,10 +148,15 @@ class BaseLLMEngine:
 
         Raises:
             KeyboardInterrupt: Ctrl-C arrived; the engine is intact and the step's outputs come with the next call.
+            EngineAsleepError: Requests wait for `wake_up`, and there is nothing to hand out.
         """
         self._check_running()
-        with DeferInterrupt():
-            self._undelivered += self._step()
+        try:
+            with DeferInterrupt():
+                self._undelivered += self._step()
+        except EngineAsleepError:
+            if not self._undelivered:
+                raise
         outputs, self._undelivered = self._undelivered, []
         return outputs
 
@@ -223,11 +231,90 @@ class BaseLLMEngine:
         return self._inputs.default_sampling_params()
 
     def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
-        """Forgets all cached prefixes; False (with a warning) while requests hold blocks."""
+        """Forgets all cached prefixes; False (with a warning) while requests hold blocks.
+
+        Args:
+            reset_running_requests: Running requests give their blocks back first, and are computed again.
+        """
+        self._check_running()
         done = self._core.reset_prefix_cache(reset_running_requests)
         if not done:
             log.warning("the prefix cache was not reset: unfinished requests hold blocks; finish or abort them first")
         return done
+
+    # ---- control ------------------------------------------------------------------------------------------------
+
+    def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """Stops and gives memory back until `wake_up`; as `LLM.sleep`. With "abort" and "wait" the last outputs of
+        requests come with the next `step`."""
+        self._check_running()
+        check_sleep(level, mode)
+        if mode == "abort":
+            with DeferInterrupt():
+                ended = self._outputs.abort_outputs(self._outputs.request_ids())
+                self._core.abort_requests([output.request_id for output in ended])
+                self._undelivered += self._outputs.process(ended)[0]
+        done = self._core.sleep(level, mode == "wait")
+        while not done.done():
+            with DeferInterrupt():
+                self._undelivered += self._step()
+        done.result()
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Ends the sleep; as `LLM.wake_up`."""
+        self._check_running()
+        self._core.call("wake_up", check_tags(tags))
+
+    def is_sleeping(self) -> bool:
+        """Asleep at any level, in part as well."""
+        self._check_running()
+        return self._core.call("is_sleeping")
+
+    def update_weights(self, params: Mapping[str, Any] | Sequence[Any], *, partial: bool = False) -> None:
+        """New weights in place; as `LLM.update_weights`."""
+        self._check_running()
+        with DeferInterrupt():
+            calls = weight_update(params, partial=partial, to_host=isinstance(self._core, ProcessCore))
+            try:
+                method, arguments = next(calls)
+                while True:
+                    method, arguments = calls.send(self._core.call(method, *arguments))
+            except StopIteration:
+                return
+            except BaseException:
+                self._core.call("abandon_weight_update")
+                raise
+
+    def get_weights(self, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """Copies of the leaves; as `LLM.get_weights`."""
+        self._check_running()
+        wanted = self._core.call("weight_names") if names is None else names
+        return {name: self._core.call("get_weight", name) for name in wanted}
+
+    def collective_rpc(
+        self, method: str | Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> list[Any]:
+        """A call of the engine's runner; as `LLM.collective_rpc`."""
+        self._check_running()
+        in_process = not isinstance(self._core, ProcessCore)
+        name, arguments = remote_function(method, args, kwargs, in_process=in_process)
+        return [self._core.call(name, *arguments)]
+
+    def apply_model(self, func: Callable[[Any], Any]) -> list[Any]:
+        """A call with the model; as `LLM.apply_model`."""
+        return self.collective_rpc(OnModel(func))
+
+    def start_profile(self, profile_prefix: str | None = None) -> None:
+        """Begins a trace; as `LLM.start_profile`."""
+        self._check_running()
+        self._core.call("start_profile", profile_prefix)
+
+    def stop_profile(self) -> None:
+        """Ends and writes the trace."""
+        self._check_running()
+        self._core.call("stop_profile")
+
+    # ---- for measurements ---------------------------------------------------------------------------------------
 
     def warm_up(self) -> None:
         """Compiles and runs everything that any step may need, so that serving never waits for the compiler. To be

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
 
 from vjax.engine.protocol import AbortRequests, AddRequests, Call, Command, Outputs, Reply, Stop
 from vjax.errors import VjaxValidationError
@@ -28,11 +29,11 @@ def run_engine(
         log_stats: Send the scheduler's numbers after every step, also where it gave no outputs.
     """
     while True:
-        for command in receive(not core.has_unfinished_requests):
+        for command in receive(not core.has_work):
             if isinstance(command, Stop):
                 return
             _obey(core, command, send)
-        if not core.has_unfinished_requests:
+        if not core.has_work:
             continue
         outputs = core.step()
         if log_stats:
@@ -53,7 +54,16 @@ def _obey(core: EngineCore, command: Command, send: Callable[[Outputs | Reply], 
         core.abort_requests(command.request_ids)
     elif isinstance(command, Call):
         try:
-            reply = Reply(command.call_id, getattr(core, command.method)(*command.arguments))
+            value = getattr(core, command.method)(*command.arguments)
         except Exception as e:
-            reply = Reply(command.call_id, error=e)
-        send(reply)
+            send(Reply(command.call_id, error=e))
+            return
+        if isinstance(value, Future):
+            # A later step does the rest; its outputs follow the reply.
+            value.add_done_callback(lambda done: send(_reply(command.call_id, done)))
+        else:
+            send(Reply(command.call_id, value))
+
+
+def _reply(call_id: int, done: Future[Any]) -> Reply:
+    return Reply(call_id, error=error) if (error := done.exception()) is not None else Reply(call_id, done.result())

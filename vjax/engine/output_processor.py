@@ -96,6 +96,10 @@ class OutputProcessor:
         """Prompts with an unfinished completion."""
         return len(self._prompts)
 
+    def request_ids(self) -> list[str]:
+        """Of the prompts with an unfinished completion."""
+        return list(self._prompts)
+
     def has_request(self, request_id: str) -> bool:
         """Whether the id, or one that its completions would get, belongs to an unfinished request."""
         return request_id in self._prompts or request_id in self._sequences

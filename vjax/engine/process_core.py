@@ -6,14 +6,19 @@ import dataclasses
 import itertools
 import queue
 from collections.abc import Sequence
+from concurrent import futures
+from concurrent.futures import Future
 from typing import Any
 
 from vjax.config.engine_args import EngineArgs
 from vjax.engine.process_client import start_process
 from vjax.engine.protocol import EngineInfo, Outputs
-from vjax.errors import EngineDeadError
+from vjax.errors import EngineAsleepError, EngineDeadError
 from vjax.messages import EngineOutput, EngineRequest
 from vjax.scheduler.stats import SchedulerStats
+
+#: Methods after which the core may be asleep, or awake again.
+_WAKING = frozenset({"wake_up", "end_weight_update", "abandon_weight_update"})
 
 
 class ProcessCore:
@@ -32,6 +37,7 @@ class ProcessCore:
         self._core_ids: dict[str, str] = {}
         self._request_ids: dict[str, str] = {}
         self._stats = SchedulerStats()
+        self._is_asleep = False
         self._client, self.tokenizer = start_process(args, self._outputs_arrived, self._died)
 
     @property
@@ -55,9 +61,15 @@ class ProcessCore:
         return alive
 
     def step(self) -> list[EngineOutput]:
-        """The outputs of one step, waited for if there are unfinished requests."""
+        """The outputs of one step, waited for if there are unfinished requests.
+
+        Raises:
+            EngineAsleepError: They would never come.
+        """
         if not self._core_ids:
             return []
+        if self._is_asleep and self._arrived.empty():
+            raise EngineAsleepError("The engine is asleep, and requests wait for it: call wake_up().")
         message = self._arrived.get()
         if isinstance(message, EngineDeadError):
             self._core_ids.clear()
@@ -86,25 +98,37 @@ class ProcessCore:
 
     def stats(self) -> SchedulerStats:
         """The scheduler's numbers of now."""
-        return self._call("stats")
+        return self.call("stats")
 
     def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
-        return self._call("reset_prefix_cache", reset_running_requests)
+        return self.call("reset_prefix_cache", reset_running_requests)
 
     def warm_up(self) -> None:
-        self._call("warm_up")
+        self.call("warm_up")
 
     def least_bytes_read(self, num_keys: int) -> dict[str, int]:
-        return self._call("least_bytes_read", num_keys)
+        return self.call("least_bytes_read", num_keys)
 
     def num_compilations_while_serving(self) -> int:
-        return self._call("num_compilations_while_serving")
+        return self.call("num_compilations_while_serving")
+
+    def sleep(self, level: int, wait: bool = False) -> Future[None]:
+        """Done when it returns; see `EngineControl.sleep`. Outputs of steps that it waited for have arrived."""
+        done = self._client.call("sleep", level, wait)
+        futures.wait([done])
+        self._is_asleep = self.call("is_sleeping")
+        return done
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """A method of `EngineCore` by its name."""
+        try:
+            return self._client.call(method, *arguments).result()
+        finally:
+            if method in _WAKING:
+                self._is_asleep = self._client.call("is_sleeping").result()
 
     def shutdown(self) -> None:
         self._client.shutdown()
-
-    def _call(self, method: str, *arguments: Any) -> Any:
-        return self._client.call(method, *arguments).result()
 
     def _outputs_arrived(self, message: Outputs) -> None:
         self._arrived.put(message)

@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from vjax.config.engine_config import EngineConfig
+from vjax.errors import VjaxValidationError
 from vjax.messages import EngineOutput, EngineRequest
 from vjax.outputs import RequestMetrics
 from vjax.sampling_params import SamplingParams
@@ -58,7 +59,8 @@ class AbortRequests(msgspec.Struct, array_like=True, tag=1):
 
 @dataclass(slots=True)
 class Call:
-    """Calls a method of `EngineCore` between two steps; a `Reply` with the same id answers."""
+    """Calls a method of `EngineCore` between two steps; a `Reply` with the same id answers, when the method returns or
+    when the future is done that it returned."""
 
     call_id: int
     method: str
@@ -124,7 +126,13 @@ def encode(message: Command | Message) -> bytes:
         message = Failed(portable(message.error), message.trace)
     elif isinstance(message, Reply) and message.error is not None:
         message = Reply(message.call_id, error=portable(message.error))
-    return _encoder.encode(_Pickled(pickle.dumps(message)))
+    try:
+        return _encoder.encode(_Pickled(pickle.dumps(message)))
+    except Exception as e:
+        if not isinstance(message, Reply):
+            raise
+        error = VjaxValidationError(f"The result cannot be sent to another process ({type(e).__name__}: {e}).")
+        return _encoder.encode(_Pickled(pickle.dumps(Reply(message.call_id, error=error))))
 
 
 def decode(data: bytes) -> Any:

@@ -77,6 +77,10 @@ class FunctionalModel:
         """Those of all leaves that `logits` takes, in its order."""
         return tuple(leaves[self.leaf_names.index(name)] for name in self.head_leaf_names)
 
+    def module(self, leaves: tuple[jax.Array, ...]) -> Any:
+        """The Flax module with these leaves as its parameters."""
+        return self._merge(leaves)
+
     def _merge(self, leaves: tuple[Any, ...]) -> Any:
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
 

@@ -192,13 +192,23 @@ def allocate(specs: Any, shardings: Any, what: str) -> Any:
         OutOfMemoryError: The device has no room for them.
     """
     make = jax.jit(lambda: jax.tree.map(lambda s: jax.numpy.zeros(s.shape, s.dtype), specs), out_shardings=shardings)
-    try:
+    with explained(jax.tree.leaves(specs), what):
         return jax.block_until_ready(make())
+
+
+@contextmanager
+def explained(specs: Iterable[Any], what: str) -> Iterator[None]:
+    """Around the allocation of `what`, arrays like `specs`.
+
+    Raises:
+        OutOfMemoryError: In place of what JAX raises where the device has no room for them.
+    """
+    try:
+        yield
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        size = num_bytes(jax.tree.leaves(specs))
         raise OutOfMemoryError(
-            f"The device has no {_size(size)} left for {what}: lower gpu_memory_utilization or "
+            f"The device has no {_size(num_bytes(specs))} left for {what}: lower gpu_memory_utilization or "
             f"kv_cache_memory_bytes, or free what else this process holds on the device. ({e})"
         ) from e

@@ -6,22 +6,25 @@ and gives back a handle that yields a `StepOutput` once the device is done.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import numpy as np
 
-from vjax.errors import EngineStepError
+from vjax.errors import EngineAsleepError, EngineStepError
 from vjax.messages import RowInit, SchedulerOutput, StepLogprobs, StepOutput
 from vjax.parallel.sharding import named_sharding
 from vjax.runner.buckets import ForwardBucket
 from vjax.runner.executables import Executables
-from vjax.runner.memory import allocate
+from vjax.runner.memory import allocate, room_for_small_arrays
 from vjax.runner.packing import UpdateLayout, has_processor_state
 from vjax.runner.programs import SampleBucket, ScoreBucket
 from vjax.runner.rows import MAX_MASKED_IDS
 from vjax.runner.step import SCORED_TOKENS, LogprobsLayout
+from vjax.runner.weights import Weights
 from vjax.sample.sampler import GREEDY_TEMPERATURE, NO_FEATURES, Feature, Variant
 
 _VARIANT_BITS = 2
@@ -87,15 +90,22 @@ class ModelRunner:
         step: Functions and shapes.
         leaves: Weights in the order of `model.leaf_names`; the runner owns them from here on.
         executables: The compiled step; what is in it decides shapes and placement.
+        load: Makes the leaves again, for who drops them.
     """
 
-    def __init__(self, leaves: tuple[jax.Array, ...], executables: Executables):
+    def __init__(
+        self,
+        leaves: tuple[jax.Array, ...],
+        executables: Executables,
+        load: Callable[[], tuple[jax.Array, ...]] | None = None,
+    ):
         self.executables = executables
         self.step = step = executables.step
         self.mesh = executables.mesh
-        self._leaves = leaves
-        names = step.model.leaf_names
-        self._head = tuple(leaves[names.index(n)] for n in step.model.head_leaf_names)
+        self.weights = Weights(step.model, leaves, self.mesh, load)
+        self._leaves: tuple[jax.Array, ...] = ()
+        self._head: tuple[jax.Array, ...] = ()
+        self.use_weights()
         # What each row asks of the sample program: its variant, and its features above that; row 0 never samples.
         self._row_code = np.zeros(step.geometry.max_num_seqs + 1, np.int16)
         buckets = executables.buckets
@@ -106,13 +116,69 @@ class ModelRunner:
         self._layouts = {b: step.layout(b) for b in (*buckets.decode, *buckets.mixed)}
         self.reset()
 
+    def use_weights(self) -> None:
+        """Steps run with the leaves that are in `weights` now."""
+        self._leaves = self.weights.leaves() if self.weights.are_on_device else ()
+        self._head = self.step.model.head_leaves(self._leaves) if self._leaves else ()
+
     def reset(self) -> None:
         """Allocates an empty KV cache and empty rows; what was there is gone, whoever still refers to it."""
-        _delete((self._kv, self._rows, self._processors))
-        self._processors = None
+        self._free_cache()
         kv_sharding = named_sharding(self.mesh, (None, "kv_heads", None, None))
         self._kv = allocate(self.step.kv_specs(), kv_sharding, "the KV cache")
         self._rows = allocate(self.step.row_specs(), named_sharding(self.mesh, ()), "the rows of the batch")
+
+    # ---- sleep --------------------------------------------------------------------------------------------------
+
+    @property
+    def asleep(self) -> frozenset[str]:
+        """What is not on the device, of "weights" and "kv_cache"; steps need both."""
+        there = {"weights": self.weights.are_on_device, "kv_cache": self._kv is not None}
+        return frozenset(tag for tag, is_there in there.items() if not is_there)
+
+    def sleep(self, level: int) -> None:
+        """Frees the KV cache and the rows, and moves the weights to the host (1) or drops them (2). Nothing is in
+        flight."""
+        self._free_cache()
+        if level > 1:
+            self.weights.drop()
+        else:
+            self.weights.to_host()
+        self.use_weights()
+
+    def wake_up(self, tags: Collection[str] = ("weights", "kv_cache")) -> None:
+        """Brings back what `tags` name and what sleeps: the weights first and an empty KV cache behind them, as at the
+        start.
+
+        Raises:
+            OutOfMemoryError: Something else has taken the memory; what is not back sleeps on.
+        """
+        if "weights" in tags:
+            self.weights.restore()
+            self.use_weights()
+        if "kv_cache" in tags and self._kv is None:
+            device = self.mesh.devices.flat[0]
+            try:
+                with room_for_small_arrays(device) if self.executables.platform == "gpu" else nullcontext():
+                    self.reset()
+            except BaseException:
+                self._free_cache()
+                raise
+
+    def module(self) -> Any:
+        """The Flax module, whose parameters are the engine's own arrays: to look at, and not to keep.
+
+        Raises:
+            EngineAsleepError: The weights are not on the device.
+        """
+        if not self._leaves:
+            raise EngineAsleepError('The weights are not on the device: call wake_up(tags=["weights"]) first.')
+        return self.step.model.module(self._leaves)
+
+    def reload_weights(self) -> None:
+        """Loads the checkpoint's weights anew, in place of those that are there: for `collective_rpc`."""
+        self.weights.reload()
+        self.use_weights()
 
     def warm_up(self, repeats: int = 3) -> None:
         """Runs every ready executable on an empty batch: command buffers record on the second run and replay from the
@@ -159,11 +225,15 @@ class ModelRunner:
         """Frees every device array. The pool itself goes back to the driver when the process
         ends."""
         self.executables.shutdown()
-        _delete((self._leaves, self._head, self._kv, self._rows, self._processors))
+        self.weights.delete()
         self._leaves = self._head = ()
-        self._kv = self._rows = self._processors = None
+        self._free_cache()
 
     # ---- details ------------------------------------------------------------------------------------------------
+
+    def _free_cache(self) -> None:
+        _delete((self._kv, self._rows, self._processors))
+        self._kv = self._rows = self._processors = None
 
     def _write_ahead(self, scheduled: SchedulerOutput, fits: bool) -> None:
         """Row writes that the step's own buffer cannot carry."""

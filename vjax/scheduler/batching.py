@@ -58,11 +58,11 @@ def schedule_running(state: SchedulerState, step: StepBuilder, candidates: Itera
 def admit_waiting(state: SchedulerState, step: StepBuilder, limit: int) -> int:
     """Starts waiting requests in their order while rows, blocks and budget last. Returns how many, at most `limit`.
 
-    None starts in a step that preempted another. The first one that cannot start ends the pass, so nobody is overtaken.
-    A request starts only if all its known tokens fit into free blocks, though its first chunk may need fewer: one that
-    stalls half-way holds blocks for nothing.
+    None starts in a step that preempted another, or while admission is off. The first one that cannot start ends the
+    pass, so nobody is overtaken. A request starts only if all its known tokens fit into free blocks, though its first
+    chunk may need fewer: one that stalls half-way holds blocks for nothing.
     """
-    if step.preempted:
+    if step.preempted or not state.admits:
         return 0
     kv, waiting = state.kv, state.waiting
     admitted = 0

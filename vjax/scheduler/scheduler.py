@@ -80,6 +80,10 @@ class Scheduler:
             self._state.drop_finished()
         return aborted
 
+    def set_admission(self, admits: bool) -> None:
+        """False: running requests go on, and no waiting one starts."""
+        self._state.admits = admits
+
     # Steps
 
     def schedule(self) -> SchedulerOutput:

@@ -34,6 +34,8 @@ class SchedulerState:
         #: By step id, in order of execution.
         self.in_flight: dict[int, InFlightStep] = {}
         self.stats = SchedulerStats()
+        #: False: what waits goes on waiting.
+        self.admits = True
 
     def start(self, request: Request, num_cached_tokens: int) -> None:
         """Waiting (and already popped from the queue) to running; its cached blocks are held already."""

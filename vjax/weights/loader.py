@@ -121,25 +121,30 @@ def _ready(name: str, leaf: jax.Array) -> tuple[str, jax.Array]:
 
 def _load_leaf(sources: LeafSources, checkpoint: Checkpoint, dtype, sharding: NamedSharding) -> jax.Array:
     tensors = [[checkpoint.read(name) for name in group] for group in sources.groups]
+    return pack_leaf(sources, tensors, dtype, sharding)
+
+
+def pack_leaf(sources: LeafSources, tensors: list[list[Any]], dtype, sharding: NamedSharding) -> jax.Array:
+    """A leaf on its placement, from the numpy or jax arrays of its groups; its memory is its own."""
     if sources.stacked:
         # Small parameters: joined on the host.
         packing = PACKERS[sources.packing]
-        cast = [[tensor.astype(dtype) for tensor in group] for group in tensors]
+        cast = [[np.asarray(tensor).astype(dtype) for tensor in group] for group in tensors]
         return jax.device_put(np.stack([packing.pack(np, group, sources.packed_shape) for group in cast]), sharding)
     if sources.packing == "copy" and tensors[0][0].dtype == dtype:
         # The largest leaves; a program would hold them twice.
-        return _place(tensors[0][0], sharding)
+        return place(tensors[0][0], sharding)
     # Transposing on the device is far faster than on the host.
     pack = _pack_on_device(sources.packing, sources.packed_shape, jnp.dtype(dtype).name, sharding)
     return pack(tensors[0])
 
 
-def _place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """The array on its placement, in memory of its own."""
-    if next(iter(sharding.device_set)).platform == "cpu":
-        # JAX takes over memory that is aligned, whatever `may_alias` says, and this is the file's.
+def place(array: Any, sharding: NamedSharding) -> jax.Array:
+    """A numpy or jax array on its placement, in memory of its own."""
+    if isinstance(array, np.ndarray) and next(iter(sharding.device_set)).platform == "cpu":
+        # The CPU takes numpy's memory as it is where that is aligned, whatever may_alias says: a file's, or the user's.
         array = array.copy()
-    return jax.device_put(array, sharding)
+    return jax.device_put(array, sharding, may_alias=False)
 
 
 @functools.cache
