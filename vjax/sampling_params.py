@@ -127,6 +127,7 @@ class SamplingParams:
     logprob_token_ids: list[int] | None = None
     prompt_logprob_token_ids: list[int] | None = None
     prompt_logprob_start: int | None = None
+    #: Both come as `FlatLogprobs`: lists of numbers instead of a dict per token.
     flat_logprobs: bool = False
     #: False: `text` stays empty; `stop` then cannot be used.
     detokenize: bool = True
@@ -310,12 +311,56 @@ class SamplingParams:
         self.top_p, self.top_k, self.min_p = 1.0, 0, 0.0
 
 
+@dataclass(slots=True)
+class BeamSearchParams:
+    """Rules of one beam search; see `vjax.beam_search.BeamSearch`.
+
+    Raises:
+        VjaxValidationError: A value is out of its domain, or belongs to a feature that does not work yet.
+    """
+
+    #: Sequences that are followed, and returned; twice as many may be at most the engine's max_logprobs.
+    beam_width: int
+    #: At least 1. A sequence ends at the model's context as well.
+    max_tokens: int
+    #: Go on after an end-of-sequence token.
+    ignore_eos: bool = False
+    #: 0 to 2, as in `SamplingParams`. The search draws nothing: only logprobs_mode="processed_logprobs" depends on it.
+    temperature: float = 0.0
+    #: Above 0 favours long sequences: scores are sums of log probabilities over length ** length_penalty.
+    length_penalty: float = 1.0
+    #: Whether `text` has the end-of-sequence token's.
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    structured_outputs: Any = None
+    watermarking: Any = None
+    allowed_token_ids: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        self.beam_width = _int(self, "beam_width", 1, None, "4 is common")
+        self.max_tokens = _int(self, "max_tokens", 1, None, "ask for at least one token")
+        self.temperature = _float(self, "temperature", 0.0, MAX_TEMPERATURE, "0 is usual: beam search draws nothing")
+        self.length_penalty = _float(
+            self, "length_penalty", -_MAX_LENGTH_PENALTY, _MAX_LENGTH_PENALTY, "use 0 to compare sums, 1 for means"
+        )
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise _error(name, getattr(self, name), "must be True or False")
+        for name in ("structured_outputs", "watermarking", "allowed_token_ids"):
+            if getattr(self, name) is not None:
+                raise _error(name, getattr(self, name), "is not supported by beam search; leave it out")
+
+
+#: Lengths to this power are finite numbers.
+_MAX_LENGTH_PENALTY = 32.0
+
 _BOOLEANS = (
     "ignore_eos",
     "detokenize",
     "skip_special_tokens",
     "spaces_between_special_tokens",
     "include_stop_str_in_output",
+    "flat_logprobs",
 )
 
 _SUPPORTED = {"n", "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "min_tokens"}
@@ -357,7 +402,7 @@ def _as_index(value: Any) -> int | None:
         return None
 
 
-def _float(params: SamplingParams, name: str, low: float, high: float, hint: str, low_open: bool = False) -> float:
+def _float(params: Any, name: str, low: float, high: float, hint: str, low_open: bool = False) -> float:
     value = getattr(params, name)
     try:
         number = math.nan if isinstance(value, (bool, str)) else float(value)

@@ -49,6 +49,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "logprobs": {"type": ["integer", "null"], "minimum": -1},
     "prompt_logprobs": {"type": ["integer", "null"], "minimum": -1},
     "logprob_token_ids": {**_TOKEN_IDS, "type": ["array", "null"], "maxItems": MAX_LOGPROB_TOKEN_IDS},
+    "flat_logprobs": _BOOLEAN,
     "seed": {"type": ["integer", "null"], "minimum": -(2**63), "maximum": 2**63 - 1},
     "stop": {"anyOf": [_TEXT, {"type": "array", "items": _TEXT}, {"type": "null"}]},
     "stop_token_ids": {**_TOKEN_IDS, "type": ["array", "null"]},

@@ -132,6 +132,19 @@ class InputProcessor:
         ]
         return ProcessedRequest(request_id, text, token_ids, complete, requests, arrival_time)
 
+    def tokenize(
+        self, prompt: str | Mapping[str, Any] | Sequence[int], tokenization_kwargs: Mapping[str, Any] | None = None
+    ) -> tuple[list[int], str | None]:
+        """Token ids and cache salt of a prompt, checked as `process` does.
+
+        Raises:
+            VjaxValidationError: As `process`, of the prompt.
+        """
+        tokenization = TokenizationParams.from_kwargs(tokenization_kwargs, self._max_model_len)
+        _, token_ids, salt = self._parse(prompt, tokenization)
+        self._check_length(token_ids)
+        return token_ids, salt
+
     # ---- prompts --------------------------------------------------------------------------------------------------
 
     def _parse(self, prompt: Any, tokenization: TokenizationParams) -> tuple[str | None, list[int], str | None]:

@@ -187,6 +187,7 @@ FRONT_PARAMS = frozenset(
     {
         "bad_words",
         "detokenize",
+        "flat_logprobs",
         "include_stop_str_in_output",
         "output_kind",
         "skip_special_tokens",
