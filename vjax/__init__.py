@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         VjaxValidationError,
     )
     from vjax.llm import LLM
+    from vjax.logits_processor import LogitsProcessor
     from vjax.logprobs import FlatLogprobs, Logprob
     from vjax.models.registry import ModelRegistry
     from vjax.outputs import CompletionOutput, RequestOutput
@@ -42,6 +43,7 @@ _MODULES = {
     "EngineArgs": "vjax.config.engine_args",
     "EngineDeadError": "vjax.errors",
     "EngineStepError": "vjax.errors",
+    "LogitsProcessor": "vjax.logits_processor",
     "FlatLogprobs": "vjax.logprobs",
     "Logprob": "vjax.logprobs",
     "ModelLoadError": "vjax.errors",
@@ -70,6 +72,7 @@ __all__ = [
     "EngineDeadError",
     "EngineStepError",
     "FlatLogprobs",
+    "LogitsProcessor",
     "Logprob",
     "ModelLoadError",
     "ModelRegistry",

@@ -48,13 +48,14 @@ class BeamSearch:
 
         cum_logprob / (tokens, with the prompt's and without EOS) ** length_penalty
 
-    are the result. EOS is the tokenizer's; the further ids of generation_config.json are tokens like others. Beams are those of Hugging Face's `generate(num_beams=beam_width)`, and so is the result, but where
-    sequences of several lengths compete:
-    - Hugging Face divides by the length of what was found, with EOS; with length_penalty 0, or without EOS, it does
-      not matter.
-    - It completes a sequence only if it is among the `beam_width` best of its step. Here every one is.
-    - It stops when `early_stopping` expects no better one. Here the search stops when there can be none, which is what
-      early_stopping="never" means.
+    are the result. EOS is the tokenizer's; the further ids of generation_config.json are tokens like others.
+
+    The beams are those of Hugging Face's `generate(num_beams=beam_width)`. The result is too, in the same order, where
+    nothing ends in EOS (ignore_eos). Where something does, Hugging Face differs in three points:
+    - It divides by the number of found tokens, with EOS; with length_penalty 0 it is all the same.
+    - It completes a sequence only if that is among the `beam_width` best of its step. Here each one is completed.
+    - It stops when `early_stopping` expects no better sequence. Here the search stops when there can be none, as with
+      early_stopping="never" and length_penalty 0.
     """
 
     def __init__(

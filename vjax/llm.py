@@ -219,7 +219,8 @@ class LLM:
         if -1 < model.max_logprobs < needed:
             raise VjaxValidationError(
                 f"beam_width={params.beam_width} needs the {needed} most probable tokens of each step, and the engine "
-                f"gives {model.max_logprobs}; choose a smaller beam_width, or create the engine with max_logprobs={needed}.",
+                f"gives {model.max_logprobs}; choose a smaller beam_width, or create the engine with "
+                f"max_logprobs={needed}.",
                 parameter="beam_width",
                 value=params.beam_width,
             )

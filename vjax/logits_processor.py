@@ -1,11 +1,11 @@
 """`LogitsProcessor`: what an engine does to logits beyond the sampling parameters, written by its user.
 
-    class Quantile(LogitsProcessor): ...
-    LLM(model, logits_processors=[Quantile])
-    llm.generate(prompt, SamplingParams(extra_args={"quantile": 0.5}))
+    class ShiftedEos(LogitsProcessor): ...
+    llm = LLM(model, logits_processors=[ShiftedEos])
+    llm.generate(prompt, SamplingParams(extra_args={"eos_bias": -2.0}))
 
-It runs on the device, for all rows of a batch at once, as a part of the compiled sample program. Requests that do not use
-it do not run it, and an engine without processors has the programs that it always had.
+It runs on the device, for all rows of a batch at once, as a part of the compiled sample program. A step of requests
+that do not use it does not run it, and an engine without processors has the programs that it always had.
 """
 
 from __future__ import annotations

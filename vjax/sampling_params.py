@@ -25,6 +25,7 @@ MAX_LOGIT_BIASES = 1024
 MAX_LOGIT_BIAS = 100.0
 MAX_BAD_WORDS = 128
 MAX_LOGPROB_TOKEN_IDS = 128
+MAX_THINKING_TOKEN_BUDGET = 2**30
 
 _log = logger("sampling_params")
 
@@ -147,9 +148,11 @@ class SamplingParams:
     bad_words: list[str] | None = None
     #: Compute the whole prompt, also what the prefix cache has; its blocks are cached for others all the same.
     skip_reading_prefix_cache: bool | None = None
+    #: At least 0: after so many tokens of reasoning its end is forced. Needs the engine's `reasoning_config`.
     thinking_token_budget: int | None = None
     #: When to end a completion that repeats itself; a mapping of the fields is accepted too.
     repetition_detection: RepetitionDetectionParams | None = None
+    #: For the engine's `logits_processors`, which say what they take.
     extra_args: dict[str, Any] | None = None
     watermarking: Any = None
     routed_experts_prompt_start: int | None = None
@@ -219,8 +222,7 @@ class SamplingParams:
     def _refuse_unsupported(self) -> None:
         for name, default in _UNSUPPORTED.items():
             value = getattr(self, name)
-            if value is default or (name in _EMPTY_IS_DEFAULT and not value):
-                setattr(self, name, default)
+            if value is default:
                 continue
             if type(value) in (bool, int, float) and type(default) in (bool, int, float) and value == default:
                 continue
@@ -303,6 +305,12 @@ class SamplingParams:
         if not isinstance(self.skip_reading_prefix_cache, (bool, NoneType)):
             raise _error("skip_reading_prefix_cache", self.skip_reading_prefix_cache, "must be True, False or None")
         self.repetition_detection = _repetition_detection(self.repetition_detection)
+        if self.thinking_token_budget is not None:
+            hint = "use None for as many tokens of reasoning as max_tokens allows"
+            self.thinking_token_budget = _int(self, "thinking_token_budget", 0, MAX_THINKING_TOKEN_BUDGET, hint)
+        if not isinstance(self.extra_args, (Mapping, NoneType)):
+            raise _error("extra_args", self.extra_args, "must be a dict")
+        self.extra_args = dict(self.extra_args) if self.extra_args else None
 
     def _make_greedy(self) -> None:
         if self.n > 1:
@@ -368,13 +376,12 @@ _SUPPORTED |= {"stop", "stop_token_ids", "output_kind", *_BOOLEANS}
 _SUPPORTED |= {"presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids"}
 _SUPPORTED |= {"bad_words", "logprobs", "prompt_logprobs", "logprob_token_ids"}
 _SUPPORTED |= {"stream_interval", "skip_reading_prefix_cache", "repetition_detection"}
+_SUPPORTED |= {"thinking_token_budget", "extra_args"}
 _UNSUPPORTED = {f.name: f.default for f in dataclasses.fields(SamplingParams) if f.name not in _SUPPORTED}
 #: Defaults as they are after construction.
 _REPR_DEFAULTS = [
     (f.name, [] if f.name in ("stop", "stop_token_ids") else f.default) for f in dataclasses.fields(SamplingParams)
 ]
-#: Fields where an empty value asks for nothing.
-_EMPTY_IS_DEFAULT = {"extra_args"}
 
 
 def _error(name: str, value: object, what: str) -> VjaxValidationError:
