@@ -142,9 +142,9 @@ def kinds() -> list[SamplingParams]:
     seeded = {"temperature": 0.8, "seed": 3}
     return [
         greedy(thinking_token_budget=0, extra_args={"parity": 1}),
-        greedy(thinking_token_budget=5, bad_words=["):"], **seeded),
-        greedy(thinking_token_budget=9, frequency_penalty=0.5, min_tokens=16),
-        greedy(extra_args={"no_repeats": True, "parity": 0}, logprobs=1, **seeded),
+        greedy(thinking_token_budget=5, extra_args={"no_repeats": True}, **seeded),
+        greedy(thinking_token_budget=9, min_tokens=16),
+        greedy(extra_args={"no_repeats": True, "parity": 0}, **seeded),
     ]
 
 
@@ -157,12 +157,9 @@ def generate_kinds(llm: LLM) -> list[list[int]]:
 def test_thinking_ends_with_its_budget(llm: LLM, expected: list[list[int]]):
     end = llm.get_tokenizer().encode(TAGS["reasoning_end_str"])
     assert len(end) > 1, "its tokens are forced one after the other"
-    for params, ids in zip(kinds()[:3], expected, strict=False):
-        budget = params.thinking_token_budget
-        assert budget is not None
-        found = [i for i in range(len(ids)) if ids[i : i + len(end)] == end]
-        # Where the model began another thought after it, that one has its own budget.
-        assert found and found[0] <= budget, (budget, ids)
+    where = [next(i for i in range(17) if ids[i : i + len(end)] == end or i == 16) for ids in expected]
+    # The third one's prompt has thought six tokens of its nine.
+    assert where == [0, 5, 3, 16]
     assert expected[0][: len(end)] == end and any(i % 2 == 0 for i in end), "what is forced is not processed"
     plain = generate(llm, greedy())
     assert generate(llm, greedy(thinking_token_budget=16)) == plain, "who does not think has no budget"
@@ -180,19 +177,19 @@ def test_modes_agree(expected: list[list[int]], overlap: bool, blocks: int, budg
 SEQUENCES = st.lists(st.integers(0, 3), min_size=1, max_size=3)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(SEQUENCES, SEQUENCES, st.lists(st.integers(0, 3), min_size=1, max_size=14), st.data())
 def test_end_thinking(start: list[int], end: list[int], tokens: list[int], data: st.DataObject):
     """Against a loop over the sequence."""
     num_prompt, budget = data.draw(st.integers(1, len(tokens))), data.draw(st.integers(-1, 5))
 
-    def behind_latest(sequence: list[int]) -> int:
-        ends = (i for i in range(len(tokens), 0, -1) if tokens[:i][-len(sequence) :] == sequence)
-        return next(ends, 0)
+    def ends(sequence: list[int], first: int = 0) -> list[int]:
+        n = len(sequence)
+        return [i + n for i in range(first, len(tokens) - n + 1) if tokens[i : i + n] == sequence]
 
-    opened = behind_latest(start)
-    step = len(tokens) - max(opened + budget, num_prompt)
-    forced = budget >= 0 and opened > behind_latest(end) and step >= 0
+    opened = ends(start, max(ends(end), default=0))
+    step = len(tokens) - max(opened[0] + budget, num_prompt) if opened else -1
+    forced = budget >= 0 and step >= 0
     logits = np.arange(8, dtype=np.float32)[None]
     padded = np.array([[*tokens, *[9] * (16 - len(tokens))]], np.int32)
     history = History(*map(jnp.asarray, (padded, np.int32([len(tokens)]), np.int32([num_prompt]))))

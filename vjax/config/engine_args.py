@@ -240,7 +240,8 @@ def _max_model_len(value: Any) -> int:
 
 
 def _logits_processors(value: Any) -> list[Any]:
-    if not isinstance(value, (list, tuple)) or not all(isinstance(v, type) or (type(v) is str and v) for v in value):
+    good = isinstance(value, (list, tuple)) and all(isinstance(v, type) or (type(v) is str and ":" in v) for v in value)
+    if not good:
         raise checks.Refused('must be a list of subclasses of vjax.LogitsProcessor or of "module:Class"')
     return list(value)
 

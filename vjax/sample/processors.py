@@ -96,30 +96,33 @@ def end_thinking(
 ) -> tuple[jax.Array, jax.Array]:
     """Leaves the next token of `end` alone where a row has thought for `budget` i32 [R] tokens (-1: no limit).
 
-    A row thinks while the latest `start` of its history is behind the latest `end`. Thinking in the prompt counts, and
-    is ended with the first tokens of the output at the earliest.
+    A row thinks from the first `start` behind its latest `end`. Thinking in the prompt counts, and is ended with the
+    first tokens of the output at the earliest.
 
     Returns:
         The logits, and which rows they leave one token, bool [R].
     """
-    opened, closed = (_end_of_latest(history, sequence) for sequence in (start, end))
+    length = history.token_ids.shape[1]
+    closed = jnp.max(_ends(history, end), axis=1, initial=0)
+    starts = _ends(history, start)
+    opened = jnp.min(starts, axis=1, where=starts - len(start) >= closed[:, None], initial=length + 1)
     forced_from = jnp.maximum(opened + budget, history.num_prompt_tokens)
     step = history.num_tokens - forced_from
-    forced = (budget >= 0) & (opened > closed) & (step >= 0)
+    forced = (budget >= 0) & (opened <= length) & (step >= 0)
     token = jnp.asarray(end, jnp.int32)[jnp.clip(step, 0, len(end) - 1)]
     only = jnp.where(jnp.arange(logits.shape[1]) == token[:, None], jnp.float32(0), -jnp.inf)
     return jnp.where(forced[:, None], only, logits), forced
 
 
-def _end_of_latest(history: History, sequence: tuple[int, ...]) -> jax.Array:
-    """Position behind the latest occurrence of `sequence` in each history, i32 [R]; 0 where it is not."""
+def _ends(history: History, sequence: tuple[int, ...]) -> jax.Array:
+    """The positions behind each occurrence of `sequence` in each history, i32 [R, L]; -1 where there is none."""
     length = history.token_ids.shape[1]
     num_ends = max(length - len(sequence) + 1, 0)
     ends = jnp.arange(num_ends, dtype=jnp.int32) + len(sequence)
     found = ends <= history.num_tokens[:, None]
     for i, token_id in enumerate(sequence):
         found &= history.token_ids[:, i : i + num_ends] == token_id
-    return jnp.where(found, ends, 0).max(axis=1, initial=0)
+    return jnp.where(found, ends, -1)
 
 
 def _rows(logits: jax.Array) -> jax.Array:
