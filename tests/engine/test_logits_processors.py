@@ -161,8 +161,9 @@ def test_thinking_ends_with_its_budget(llm: LLM, expected: list[list[int]]):
     # The third one's prompt has thought six tokens of its nine.
     assert where == [0, 5, 3, 16]
     assert expected[0][: len(end)] == end and any(i % 2 == 0 for i in end), "what is forced is not processed"
-    plain = generate(llm, greedy())
-    assert generate(llm, greedy(thinking_token_budget=16)) == plain, "who does not think has no budget"
+    others = [TEXTS[0], TEXTS[1], TEXTS[3]]
+    plain = generate(llm, greedy(), others)
+    assert generate(llm, greedy(thinking_token_budget=1), others) == plain, "who does not think has no budget"
 
 
 @pytest.mark.parametrize(("overlap", "blocks", "budget"), [(False, PLENTY, 16), (True, FEW, 64)])

@@ -204,7 +204,7 @@ class EngineArgs:
             max_logprobs=self.max_logprobs,
             logprobs_mode=self.logprobs_mode,
             logits_processors=tuple(self.logits_processors or ()),
-            thinking_tags=None if self.reasoning_config is None else tuple((_TAGS | self.reasoning_config).values()),
+            thinking_tags=_thinking_tags(self.reasoning_config),
         )
 
 
@@ -255,6 +255,13 @@ def _reasoning_config(value: Any) -> dict[str, str]:
     if not set(config) <= set(_TAGS) or not all(isinstance(text, str) and text for text in config.values()):
         raise checks.Refused(f"must have no keys but {' and '.join(_TAGS)}, each a text that is not empty")
     return config
+
+
+def _thinking_tags(config: Mapping[str, str] | None) -> tuple[str, str] | None:
+    if config is None:
+        return None
+    tags = {**_TAGS, **config}
+    return tags["reasoning_start_str"], tags["reasoning_end_str"]
 
 
 _optional_bool = checks.optional(checks.boolean)
