@@ -45,7 +45,7 @@ def test_equals_hugging_face(llm: LLM, width: int, penalty: float):
             assert sequence.text == tokenizer.decode(sequence.tokens)
             own = [entry[token] for entry, token in zip(sequence.logprobs, sequence.tokens[len(ids) :], strict=True)]
             assert sum(p.logprob for p in own) == pytest.approx(sequence.cum_logprob)
-            assert "".join(p.decoded_token or "" for p in own) == sequence.text[len(text) :]
+            assert text + "".join(p.decoded_token or "" for p in own) == sequence.text
 
 
 @functools.cache

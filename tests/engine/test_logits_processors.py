@@ -193,7 +193,8 @@ def test_end_thinking(start: list[int], end: list[int], tokens: list[int], data:
     forced = budget >= 0 and step >= 0
     logits = np.arange(8, dtype=np.float32)[None]
     padded = np.array([[*tokens, *[9] * (16 - len(tokens))]], np.int32)
-    history = History(*map(jnp.asarray, (padded, np.int32([len(tokens)]), np.int32([num_prompt]))))
+    counts = jnp.asarray([[len(tokens)], [num_prompt]], jnp.int32)
+    history = History(jnp.asarray(padded), *counts)
     got, rows = end_thinking(
         jnp.asarray(logits), history, jnp.asarray([budget], jnp.int32), start=tuple(start), end=tuple(end)
     )
