@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vjax.beam_search import BeamSearchOutput, BeamSearchSequence
     from vjax.config.engine_args import AsyncEngineArgs, EngineArgs
     from vjax.engine.async_llm import AsyncLLM, AsyncLLMEngine
     from vjax.errors import (
@@ -21,10 +22,12 @@ if TYPE_CHECKING:
         VjaxValidationError,
     )
     from vjax.llm import LLM
+    from vjax.logits_processor import LogitsProcessor
+    from vjax.logprobs import FlatLogprobs, Logprob
     from vjax.models.registry import ModelRegistry
-    from vjax.outputs import CompletionOutput, Logprob, RequestOutput
+    from vjax.outputs import CompletionOutput, RequestOutput
     from vjax.parsers.registry import reasoning_parser, tool_parser
-    from vjax.sampling_params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
+    from vjax.sampling_params import BeamSearchParams, RepetitionDetectionParams, RequestOutputKind, SamplingParams
 
 __version__ = "0.1.0"
 
@@ -32,12 +35,17 @@ _MODULES = {
     "AsyncEngineArgs": "vjax.config.engine_args",
     "AsyncLLM": "vjax.engine.async_llm",
     "AsyncLLMEngine": "vjax.engine.async_llm",
+    "BeamSearchOutput": "vjax.beam_search",
+    "BeamSearchParams": "vjax.sampling_params",
+    "BeamSearchSequence": "vjax.beam_search",
     "CompletionOutput": "vjax.outputs",
     "ConfigError": "vjax.errors",
     "EngineArgs": "vjax.config.engine_args",
     "EngineDeadError": "vjax.errors",
     "EngineStepError": "vjax.errors",
-    "Logprob": "vjax.outputs",
+    "LogitsProcessor": "vjax.logits_processor",
+    "FlatLogprobs": "vjax.logprobs",
+    "Logprob": "vjax.logprobs",
     "ModelLoadError": "vjax.errors",
     "ModelRegistry": "vjax.models.registry",
     "OutOfMemoryError": "vjax.errors",
@@ -55,11 +63,16 @@ __all__ = [
     "AsyncEngineArgs",
     "AsyncLLM",
     "AsyncLLMEngine",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
     "CompletionOutput",
     "ConfigError",
     "EngineArgs",
     "EngineDeadError",
     "EngineStepError",
+    "FlatLogprobs",
+    "LogitsProcessor",
     "Logprob",
     "ModelLoadError",
     "ModelRegistry",

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from vjax.beam_search import BeamSearch, BeamSearchOutput, BeamSearchSequence
 from vjax.config.engine_args import EngineArgs
 from vjax.engine.batch_args import (
     Prompt,
@@ -24,7 +25,7 @@ from vjax.engine.front import BaseLLMEngine
 from vjax.errors import VjaxValidationError
 from vjax.metrics import Metric
 from vjax.outputs import RequestOutput
-from vjax.sampling_params import RequestOutputKind, SamplingParams
+from vjax.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 from vjax.text.chat import chat_prompt
 from vjax.text.tokenizer import Tokenizer
 
@@ -158,6 +159,128 @@ class LLM:
             prompts, sampling_params, use_tqdm=use_tqdm, priority=priority, tokenization_kwargs=tokenization_kwargs
         )
 
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        *,
+        use_tqdm: bool | Callable[..., Any] = False,
+        concurrency_limit: int | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        **others: Any,
+    ) -> list[BeamSearchOutput]:
+        """The most probable continuations of `prompts`, in their order; see `vjax.beam_search.BeamSearch`.
+
+        Each step of the search is one batch of the beams of all prompts, a token each. With the prefix cache (V1's
+        default) a beam computes what is in no full block yet; without it, all of its tokens.
+
+        Args:
+            concurrency_limit: Prompts that are searched for at the same time; None: all.
+            use_tqdm, tokenization_kwargs: As `generate`.
+
+        Raises:
+            VjaxValidationError: A prompt is invalid, or the engine's logprobs_mode or max_logprobs do not permit it.
+            RuntimeError: The LLM was shut down.
+        """
+        check_other_arguments("beam_search", others)
+        self._check_beam_search(params)
+        batch = prompt_list(prompts)
+        limit = len(batch) if concurrency_limit is None else concurrency_limit
+        if batch and (not isinstance(limit, int) or limit < 1):
+            raise VjaxValidationError(
+                f"concurrency_limit={limit!r} must be at least 1; None searches for all prompts at the same time.",
+                parameter="concurrency_limit",
+                value=limit,
+            )
+        tokenized: list[tuple[list[int], str | None]] = []
+        for prompt in batch:
+            try:
+                tokenized.append(self.llm_engine.tokenize(prompt, tokenization_kwargs))
+            except VjaxValidationError as e:
+                raise _of_prompt(e, len(tokenized), len(batch)) from e
+        make_progress = use_tqdm if callable(use_tqdm) else tqdm
+        progress = make_progress(total=len(batch), desc="Searched prompts", unit="prompt", disable=not use_tqdm)
+        outputs: list[BeamSearchOutput] = []
+        try:
+            for start in range(0, len(batch), max(limit, 1)):
+                outputs += self._search(tokenized[start : start + limit], params, progress)
+        finally:
+            progress.close()
+        return outputs
+
+    def _check_beam_search(self, params: Any) -> None:
+        if not isinstance(params, BeamSearchParams):
+            raise VjaxValidationError(
+                f"params={params!r:.100} is a {type(params).__name__}; pass a BeamSearchParams.",
+                parameter="params",
+                value=params,
+            )
+        model = self.llm_engine.config.model
+        needed = 2 * params.beam_width
+        if -1 < model.max_logprobs < needed:
+            raise VjaxValidationError(
+                f"beam_width={params.beam_width} needs the {needed} most probable tokens of each step, and the engine "
+                f"gives {model.max_logprobs}; choose a smaller beam_width, or create the engine with "
+                f"max_logprobs={needed}.",
+                parameter="beam_width",
+                value=params.beam_width,
+            )
+        if not model.logprobs_mode.endswith("logprobs"):
+            raise VjaxValidationError(
+                f"beam_search adds log probabilities, and the engine gives logits: logprobs_mode="
+                f'{model.logprobs_mode!r}; create it with "raw_logprobs" or "processed_logprobs".',
+                parameter="logprobs_mode",
+                value=model.logprobs_mode,
+            )
+
+    def _search(
+        self, prompts: Sequence[tuple[list[int], str | None]], params: BeamSearchParams, progress: Any
+    ) -> list[BeamSearchOutput]:
+        """Of prompts as (token ids, cache salt)."""
+        engine = self.llm_engine
+        max_model_len = engine.config.model.max_model_len
+        searches = [BeamSearch(ids, params, engine.eos_token_id, max_model_len) for ids, _ in prompts]
+        step_params = SamplingParams(
+            max_tokens=1,
+            logprobs=2 * params.beam_width,
+            temperature=params.temperature,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        while running := [(s, salt) for s, (_, salt) in zip(searches, prompts, strict=True) if s.beams]:
+            beams = [
+                {"prompt_token_ids": beam.tokens, "cache_salt": salt}
+                for search, salt in running
+                for beam in search.beams
+            ]
+            ids = self._add_all(beams, [step_params] * len(beams), [0] * len(beams), None)
+            results = iter(self._run(ids, use_tqdm=False))
+            for search, _ in running:
+                found = [next(results).outputs[0].logprobs for _ in search.beams]
+                candidates = [entries[0] for entries in found if entries]
+                if len(candidates) == len(found):
+                    search.extend(candidates)
+                else:
+                    search.fail()
+                progress.update(not search.beams)
+        outputs = [BeamSearchOutput(search.best()) for search in searches]
+        if engine.tokenizer is not None:
+            for output in outputs:
+                for sequence in output.sequences:
+                    self._decode(sequence, params, engine.tokenizer)
+        return outputs
+
+    @staticmethod
+    def _decode(sequence: BeamSearchSequence, params: BeamSearchParams, tokenizer: Tokenizer) -> None:
+        """Fills in the texts."""
+        hides_last = sequence.finish_reason == "stop" and not params.include_stop_str_in_output
+        shown = sequence.tokens[: -1 if hides_last else None]
+        sequence.text = tokenizer.decode(shown, skip_special_tokens=params.skip_special_tokens)
+        for entry in sequence.logprobs:
+            for token_id, logprob in entry.items():
+                if logprob.decoded_token is None:
+                    logprob.decoded_token = tokenizer.decode([token_id], skip_special_tokens=False)
+
     def _chat_prompts(self, conversations: Sequence[Any], options: Mapping[str, Any]) -> list[dict[str, Any]]:
         """A prompt per conversation."""
         tokenizer = self.get_tokenizer()
@@ -194,8 +317,8 @@ class LLM:
                 ids.append(request_id)
         except BaseException as e:
             self.llm_engine.abort_request(ids)
-            if isinstance(e, VjaxValidationError) and len(prompts) > 1:
-                raise VjaxValidationError(f"prompts[{len(ids)}]: {e}", parameter=e.parameter, value=e.value) from e
+            if isinstance(e, VjaxValidationError):
+                raise _of_prompt(e, len(ids), len(prompts)) from e
             raise
         return ids
 
@@ -372,6 +495,12 @@ class LLM:
 
     def __exit__(self, *exc: object) -> None:
         self.shutdown()
+
+
+def _of_prompt(error: VjaxValidationError, index: int, num_prompts: int) -> VjaxValidationError:
+    """The error, naming the prompt if there are several."""
+    text = f"prompts[{index}]: {error}" if num_prompts > 1 else str(error)
+    return VjaxValidationError(text, parameter=error.parameter, value=error.value)
 
 
 class V0LLM(LLM):

@@ -42,6 +42,8 @@ class EngineRequest:
     ignored_eos_token_ids: tuple[int, ...] = ()
     #: SamplingParams.bad_words as sequences of tokens.
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    #: What the engine's logits processors keep of it (see `logits_processor.request_values`).
+    processor_values: tuple[float, ...] = ()
 
 
 @dataclass(slots=True)
@@ -58,6 +60,7 @@ class RowInit:
     masked_token_ids: tuple[int, ...] = ()
     #: As in `EngineRequest`.
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    processor_values: tuple[float, ...] = ()
 
 
 @dataclass(slots=True)

@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from vjax.logprobs import FlatLogprobs, Logprob
+
 FINISH_REASONS = ("stop", "length", "abort", "error", "repetition")
 
 
@@ -96,17 +98,6 @@ def _between(start: float, end: float) -> float | None:
     return end - start if start and end else None
 
 
-@dataclass(slots=True)
-class Logprob:
-    """Log probability of one token, or its logit, as the engine's logprobs_mode says."""
-
-    logprob: float
-    #: How many tokens are at least as probable, from 1; None for those of `logprob_token_ids`.
-    rank: int | None = None
-    #: None with detokenize=False.
-    decoded_token: str | None = None
-
-
 @dataclass(slots=True, repr=False)
 class CompletionOutput:
     """One completion, or with `RequestOutputKind.DELTA` what is new in it."""
@@ -121,7 +112,7 @@ class CompletionOutput:
     cumulative_logprob: float | None = None
     #: Per token: token id -> log probability, the token itself first, then the most probable ones, then those of
     #: `logprob_token_ids`; None unless asked for.
-    logprobs: list[dict[int, Logprob]] | None = None
+    logprobs: list[dict[int, Logprob]] | FlatLogprobs | None = None
     #: One of FINISH_REASONS, None while the completion goes on.
     finish_reason: str | None = None
     #: The stop string or stop token id that matched, "repetition_detected" for repetition; None for EOS, length, abort
@@ -158,7 +149,8 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     #: All completions are finished.
     finished: bool
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    #: As `logprobs`, of the prompt's tokens; there is none for the first.
+    prompt_logprobs: list[dict[int, Logprob] | None] | FlatLogprobs | None = None
     metrics: RequestMetrics | None = None
     lora_request: Any = None
     #: Prompt tokens whose KV came from the prefix cache at first admission; None until then.

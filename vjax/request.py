@@ -68,6 +68,8 @@ class Request:
     stop_reason: int | str | None = None
     #: SamplingParams.bad_words as sequences of tokens.
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    #: As in `EngineRequest`.
+    processor_values: tuple[float, ...] = ()
     #: Whether each token comes with log probabilities.
     wants_logprobs: bool = False
     #: Log probabilities of the prompt's tokens from the second one on, as far as they have arrived; None: nobody asked.
@@ -98,6 +100,7 @@ class Request:
             cache_salt=r.cache_salt,
             metrics=r.metrics,
             bad_words_token_ids=r.bad_words_token_ids,
+            processor_values=r.processor_values,
             wants_logprobs=r.sampling_params.wants_logprobs,
             prompt_logprobs=None if r.sampling_params.prompt_logprobs is None else [],
             max_num_tokens=max_num_tokens,

@@ -25,6 +25,7 @@ MAX_LOGIT_BIASES = 1024
 MAX_LOGIT_BIAS = 100.0
 MAX_BAD_WORDS = 128
 MAX_LOGPROB_TOKEN_IDS = 128
+MAX_THINKING_TOKEN_BUDGET = 2**30
 
 _log = logger("sampling_params")
 
@@ -127,6 +128,7 @@ class SamplingParams:
     logprob_token_ids: list[int] | None = None
     prompt_logprob_token_ids: list[int] | None = None
     prompt_logprob_start: int | None = None
+    #: Both come as `FlatLogprobs`: lists of numbers instead of a dict per token.
     flat_logprobs: bool = False
     #: False: `text` stays empty; `stop` then cannot be used.
     detokenize: bool = True
@@ -146,9 +148,11 @@ class SamplingParams:
     bad_words: list[str] | None = None
     #: Compute the whole prompt, also what the prefix cache has; its blocks are cached for others all the same.
     skip_reading_prefix_cache: bool | None = None
+    #: At least 0: after so many tokens of reasoning its end is forced. Needs the engine's `reasoning_config`.
     thinking_token_budget: int | None = None
     #: When to end a completion that repeats itself; a mapping of the fields is accepted too.
     repetition_detection: RepetitionDetectionParams | None = None
+    #: For the engine's `logits_processors`, which say what they take.
     extra_args: dict[str, Any] | None = None
     watermarking: Any = None
     routed_experts_prompt_start: int | None = None
@@ -218,8 +222,7 @@ class SamplingParams:
     def _refuse_unsupported(self) -> None:
         for name, default in _UNSUPPORTED.items():
             value = getattr(self, name)
-            if value is default or (name in _EMPTY_IS_DEFAULT and not value):
-                setattr(self, name, default)
+            if value is default:
                 continue
             if type(value) in (bool, int, float) and type(default) in (bool, int, float) and value == default:
                 continue
@@ -302,6 +305,12 @@ class SamplingParams:
         if not isinstance(self.skip_reading_prefix_cache, (bool, NoneType)):
             raise _error("skip_reading_prefix_cache", self.skip_reading_prefix_cache, "must be True, False or None")
         self.repetition_detection = _repetition_detection(self.repetition_detection)
+        if self.thinking_token_budget is not None:
+            hint = "use None for as many tokens of reasoning as max_tokens allows"
+            self.thinking_token_budget = _int(self, "thinking_token_budget", 0, MAX_THINKING_TOKEN_BUDGET, hint)
+        if not isinstance(self.extra_args, (Mapping, NoneType)):
+            raise _error("extra_args", self.extra_args, "must be a dict")
+        self.extra_args = dict(self.extra_args) if self.extra_args else None
 
     def _make_greedy(self) -> None:
         if self.n > 1:
@@ -310,12 +319,56 @@ class SamplingParams:
         self.top_p, self.top_k, self.min_p = 1.0, 0, 0.0
 
 
+@dataclass(slots=True)
+class BeamSearchParams:
+    """Rules of one beam search; see `vjax.beam_search.BeamSearch`.
+
+    Raises:
+        VjaxValidationError: A value is out of its domain, or belongs to a feature that does not work yet.
+    """
+
+    #: Sequences that are followed, and returned; twice as many may be at most the engine's max_logprobs.
+    beam_width: int
+    #: At least 1. A sequence ends at the model's context as well.
+    max_tokens: int
+    #: Go on after an end-of-sequence token.
+    ignore_eos: bool = False
+    #: 0 to 2, as in `SamplingParams`. The search draws nothing: only logprobs_mode="processed_logprobs" depends on it.
+    temperature: float = 0.0
+    #: Above 0 favours long sequences: scores are sums of log probabilities over length ** length_penalty.
+    length_penalty: float = 1.0
+    #: Whether `text` has the end-of-sequence token's.
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    structured_outputs: Any = None
+    watermarking: Any = None
+    allowed_token_ids: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        self.beam_width = _int(self, "beam_width", 1, None, "4 is common")
+        self.max_tokens = _int(self, "max_tokens", 1, None, "ask for at least one token")
+        self.temperature = _float(self, "temperature", 0.0, MAX_TEMPERATURE, "0 is usual: beam search draws nothing")
+        self.length_penalty = _float(
+            self, "length_penalty", -_MAX_LENGTH_PENALTY, _MAX_LENGTH_PENALTY, "use 0 to compare sums, 1 for means"
+        )
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise _error(name, getattr(self, name), "must be True or False")
+        for name in ("structured_outputs", "watermarking", "allowed_token_ids"):
+            if getattr(self, name) is not None:
+                raise _error(name, getattr(self, name), "is not supported by beam search; leave it out")
+
+
+#: Lengths to this power are finite numbers.
+_MAX_LENGTH_PENALTY = 32.0
+
 _BOOLEANS = (
     "ignore_eos",
     "detokenize",
     "skip_special_tokens",
     "spaces_between_special_tokens",
     "include_stop_str_in_output",
+    "flat_logprobs",
 )
 
 _SUPPORTED = {"n", "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "min_tokens"}
@@ -323,13 +376,12 @@ _SUPPORTED |= {"stop", "stop_token_ids", "output_kind", *_BOOLEANS}
 _SUPPORTED |= {"presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids"}
 _SUPPORTED |= {"bad_words", "logprobs", "prompt_logprobs", "logprob_token_ids"}
 _SUPPORTED |= {"stream_interval", "skip_reading_prefix_cache", "repetition_detection"}
+_SUPPORTED |= {"thinking_token_budget", "extra_args"}
 _UNSUPPORTED = {f.name: f.default for f in dataclasses.fields(SamplingParams) if f.name not in _SUPPORTED}
 #: Defaults as they are after construction.
 _REPR_DEFAULTS = [
     (f.name, [] if f.name in ("stop", "stop_token_ids") else f.default) for f in dataclasses.fields(SamplingParams)
 ]
-#: Fields where an empty value asks for nothing.
-_EMPTY_IS_DEFAULT = {"extra_args"}
 
 
 def _error(name: str, value: object, what: str) -> VjaxValidationError:
@@ -357,7 +409,7 @@ def _as_index(value: Any) -> int | None:
         return None
 
 
-def _float(params: SamplingParams, name: str, low: float, high: float, hint: str, low_open: bool = False) -> float:
+def _float(params: Any, name: str, low: float, high: float, hint: str, low_open: bool = False) -> float:
     value = getattr(params, name)
     try:
         number = math.nan if isinstance(value, (bool, str)) else float(value)

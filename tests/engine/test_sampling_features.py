@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.models.checkpoints import hf_logits
-from vjax import LLM, SamplingParams
+from vjax import LLM, FlatLogprobs, SamplingParams
 from vjax.outputs import CompletionOutput, RequestOutput
 from vjax.weights.hub import resolve_model_path
 
@@ -116,6 +116,23 @@ def test_prompt_logprobs_are_hugging_faces(llm: LLM, k: int, budget: int):
             assert list(entry)[:8] == list(dict.fromkeys([token, *top]))[:8] and len(entry) == len({token, *top})
             assert entry[token].rank == 1 + order.index(token)
             assert all(abs(entry[i].logprob - row[i]) < 1e-3 for i in entry)
+
+
+def test_flat_logprobs(llm: LLM):
+    """They hold what the lists of dicts hold; the token is there twice where it is one of the most probable ones."""
+    options = {"temperature": 1.0, "seed": 5, "max_tokens": 6, "logprobs": 2, "prompt_logprobs": 1}
+    options |= {"logprob_token_ids": [7]}
+    (nested,) = generate(llm, SamplingParams(**options), TEXTS[:1])
+    (flat,) = generate(llm, SamplingParams(**options, flat_logprobs=True), TEXTS[:1])
+    for got, wanted, size in (
+        (flat.outputs[0].logprobs, nested.outputs[0].logprobs, 4),
+        (flat.prompt_logprobs, nested.prompt_logprobs, 2),
+    ):
+        assert isinstance(got, FlatLogprobs) and list(got) == [entry or {} for entry in wanted]
+        assert got.end_indices == [*got.start_indices[1:], len(got.token_ids)]
+        sizes = [end - start for start, end in zip(got.start_indices, got.end_indices, strict=True)]
+        assert sizes == [size if entry else 0 for entry in wanted]
+    assert flat.outputs[0].cumulative_logprob == nested.outputs[0].cumulative_logprob
 
 
 @pytest.mark.parametrize("mode", ["processed_logprobs", "raw_logits", "processed_logits"])

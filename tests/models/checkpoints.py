@@ -134,3 +134,36 @@ def hf_greedy(path: str, prompt_ids: list[int], n: int) -> list[int]:
             generated.append(int(output.logits[0, -1].argmax()))
             ids = torch.tensor([[generated[-1]]])
     return generated
+
+
+def hf_beam_search(
+    path: str, prompt_ids: list[int], width: int, n: int, *, eos_token_id: int | None = None, **options: Any
+) -> tuple[list[list[int]], list[float]]:
+    """The `width` sequences that beam search appends up to n ids to, with the prompt's ids, and their scores."""
+    import torch
+    from transformers import GenerationConfig
+
+    model = _hf_model(path)
+    config = GenerationConfig(
+        num_beams=width,
+        num_return_sequences=width,
+        max_new_tokens=n,
+        do_sample=False,
+        eos_token_id=eos_token_id,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_scores=True,
+        **options,
+    )
+    prompt, kept = torch.tensor([prompt_ids]), model.generation_config
+    model.generation_config = GenerationConfig()  # what `config` leaves open is taken from there
+    try:
+        found = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+    finally:
+        model.generation_config = kept
+    sequences = []
+    for row in found.sequences.tolist():
+        output = row[len(prompt_ids) :]
+        end = output.index(eos_token_id) + 1 if eos_token_id in output else len(output)  # padding is behind it
+        sequences.append([*prompt_ids, *output[:end]])
+    return sequences, found.sequences_scores.tolist()

@@ -92,6 +92,11 @@ class EngineArgs:
     #: "raw_logprobs" (of the model's own logits), "processed_logprobs" (of those that the token was drawn from),
     #: "raw_logits" or "processed_logits".
     logprobs_mode: str = "raw_logprobs"
+    #: Subclasses of `vjax.LogitsProcessor`, or "module:Class": what requests may do to logits besides.
+    logits_processors: list[Any] | None = None
+    #: {"reasoning_start_str": ..., "reasoning_end_str": ...}, by default <think> and </think>: what the model writes
+    #: around what it thinks. {} is both defaults; None refuses thinking_token_budget.
+    reasoning_config: dict[str, Any] | None = None
     #: Tokens between two streamed outputs of a request, after its first; requests may ask for more.
     stream_interval: int = 1
     #: Keep no metrics and log no throughput.
@@ -201,6 +206,8 @@ class EngineArgs:
             generation_eos_token_ids=defaults.eos_token_ids,
             max_logprobs=self.max_logprobs,
             logprobs_mode=self.logprobs_mode,
+            logits_processors=tuple(self.logits_processors or ()),
+            thinking_tags=_thinking_tags(self.reasoning_config),
         )
 
 
@@ -235,6 +242,31 @@ def _max_model_len(value: Any) -> int:
     return _length(value)
 
 
+def _logits_processors(value: Any) -> list[Any]:
+    good = isinstance(value, (list, tuple)) and all(isinstance(v, type) or (type(v) is str and ":" in v) for v in value)
+    if not good:
+        raise checks.Refused('must be a list of subclasses of vjax.LogitsProcessor or of "module:Class"')
+    return list(value)
+
+
+#: Keys of reasoning_config and their defaults.
+_TAGS = {"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"}
+
+
+def _reasoning_config(value: Any) -> dict[str, str]:
+    config = checks.mapping(value)
+    if not set(config) <= set(_TAGS) or not all(isinstance(text, str) and text for text in config.values()):
+        raise checks.Refused(f"must have no keys but {' and '.join(_TAGS)}, each a text that is not empty")
+    return config
+
+
+def _thinking_tags(config: Mapping[str, str] | None) -> tuple[str, str] | None:
+    if config is None:
+        return None
+    tags = {**_TAGS, **config}
+    return tags["reasoning_start_str"], tags["reasoning_end_str"]
+
+
 _optional_bool = checks.optional(checks.boolean)
 _optional_count = checks.optional(checks.integer(1))
 
@@ -265,6 +297,19 @@ CHECKS: dict[str, checks.Check] = {
     "async_scheduling": _optional_bool,
     "max_logprobs": checks.integer(-1),
     "logprobs_mode": checks.choice("raw_logprobs", "processed_logprobs", "raw_logits", "processed_logits"),
+    "logits_processors": checks.optional(
+        checks.Check(_logits_processors, {"type": "array", "items": {"type": "string", "pattern": ":"}})
+    ),
+    "reasoning_config": checks.optional(
+        checks.Check(
+            _reasoning_config,
+            {
+                "type": "object",
+                "additionalProperties": False,
+                "properties": dict.fromkeys(_TAGS, checks.text.schema),
+            },
+        )
+    ),
     "stream_interval": checks.integer(1),
     "disable_log_stats": checks.boolean,
     "profiler_dir": checks.optional(checks.path),

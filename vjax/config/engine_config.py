@@ -36,6 +36,10 @@ class ModelConfig:
     #: Of what they are: "raw_logprobs", "raw_logits" (before anything is done to the logits), "processed_logprobs" or
     #: "processed_logits" (what the token was drawn from).
     logprobs_mode: str = "raw_logprobs"
+    #: The user's classes of logits processors, or "module:Class", in the order in which they are applied.
+    logits_processors: tuple[Any, ...] = ()
+    #: Texts that begin and end what a model thinks; None: thinking_token_budget is refused.
+    thinking_tags: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)

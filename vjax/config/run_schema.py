@@ -20,6 +20,7 @@ from vjax.sampling_params import (
     MAX_LOGPROB_TOKEN_IDS,
     MAX_N,
     MAX_TEMPERATURE,
+    MAX_THINKING_TOKEN_BUDGET,
     RepetitionDetectionParams,
     SamplingParams,
 )
@@ -49,6 +50,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "logprobs": {"type": ["integer", "null"], "minimum": -1},
     "prompt_logprobs": {"type": ["integer", "null"], "minimum": -1},
     "logprob_token_ids": {**_TOKEN_IDS, "type": ["array", "null"], "maxItems": MAX_LOGPROB_TOKEN_IDS},
+    "flat_logprobs": _BOOLEAN,
     "seed": {"type": ["integer", "null"], "minimum": -(2**63), "maximum": 2**63 - 1},
     "stop": {"anyOf": [_TEXT, {"type": "array", "items": _TEXT}, {"type": "null"}]},
     "stop_token_ids": {**_TOKEN_IDS, "type": ["array", "null"]},
@@ -60,6 +62,8 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "spaces_between_special_tokens": _BOOLEAN,
     "include_stop_str_in_output": _BOOLEAN,
     "stream_interval": {"type": ["integer", "null"], "minimum": 1},
+    "thinking_token_budget": {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_THINKING_TOKEN_BUDGET},
+    "extra_args": {"type": ["object", "null"]},
     "skip_reading_prefix_cache": {"type": ["boolean", "null"]},
     "repetition_detection": {
         "type": ["object", "null"],

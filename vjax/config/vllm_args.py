@@ -89,7 +89,6 @@ ONLY: dict[str, Only] = {
     "model_impl": Only(("auto",), "all models are built in"),
     "model_loader_extra_config": Only((None, {}), _HOOKS),
     "additional_config": Only((None, {}), _HOOKS),
-    "logits_processors": Only((None, []), _HOOKS),
     "logits_processor_pattern": Only((None,), _HOOKS),
     "scheduler_cls": Only((None,), _HOOKS),
     "worker_cls": Only((None, "auto"), _HOOKS),

@@ -21,7 +21,9 @@ from vjax.config.generation import read_generation_config
 from vjax.engine.core import EngineCore
 from vjax.engine.profiler import Profiler
 from vjax.engine.protocol import EngineInfo
+from vjax.errors import ConfigError
 from vjax.log import logger
+from vjax.logits_processor import make_processors
 from vjax.models.arch import ArchConfig
 from vjax.models.functional import build_model
 from vjax.models.registry import arch_config_from_hf, is_registered, read_hf_config
@@ -83,7 +85,8 @@ def build_engine(args: EngineArgs, *, with_tokenizer: bool = True) -> BuiltEngin
         generation_config = read_generation_config(model_dir)
     # Before the minutes that weights and compilation take: a bad tokenizer is found at once.
     tokenizer = None
-    if with_tokenizer and not args.skip_tokenizer_init:
+    needs_tokenizer = with_tokenizer or args.reasoning_config is not None
+    if needs_tokenizer and not args.skip_tokenizer_init:
         tokenizer = load_tokenizer(
             args.tokenizer, model_dir=model_dir, revision=args.revision, download_dir=args.download_dir
         )
@@ -98,7 +101,8 @@ def build_engine(args: EngineArgs, *, with_tokenizer: bool = True) -> BuiltEngin
         generation_config=generation_config,
         use_v1=use_v1,
     )
-    runner, config = build_runner(config, arch, model_dir, device)
+    thinking = _thinking_ids(config.model.thinking_tags, tokenizer)
+    runner, config = build_runner(config, arch, model_dir, device, thinking=thinking)
     core = EngineCore(
         make_scheduler(config.scheduler, config.cache),
         runner,
@@ -118,14 +122,23 @@ def build_engine(args: EngineArgs, *, with_tokenizer: bool = True) -> BuiltEngin
 
 
 def build_runner(
-    config: EngineConfig, arch: ArchConfig, model_dir: Path, device: Any
+    config: EngineConfig,
+    arch: ArchConfig,
+    model_dir: Path,
+    device: Any,
+    *,
+    thinking: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
 ) -> tuple[ModelRunner, EngineConfig]:
     """Weights, executables and KV cache on `device`; returns the config with num_gpu_blocks filled in.
+
+    Args:
+        thinking: Token ids that begin and end reasoning.
 
     When it fails, nothing stays on the device, however long the traceback lives.
     """
     kind = platform.platform_name(device)
     mesh = make_mesh([device])
+    processors = make_processors(config.model.logits_processors)
     given = {}
     if config.cache.cache_dtype in _QUANTISED:
         scales = read_kv_scales(model_dir, arch, config.load.load_format) or {}
@@ -139,7 +152,9 @@ def build_runner(
         max_num_seqs=config.scheduler.max_num_seqs,
         platform=kind,
     )
-    executables = Executables(Step(model, geometry), buckets, mesh, kind)
+    step = Step(model, geometry, processors, thinking)
+    step.check_logits_processors()
+    executables = Executables(step, buckets, mesh, kind)
 
     started = time.perf_counter()
     load = functools.partial(
@@ -191,6 +206,22 @@ def step_geometry(config: EngineConfig, arch: ArchConfig, weight_bytes: int, dev
         max_logprobs=DEFAULT_MAX_LOGPROBS if config.model.max_logprobs == -1 else config.model.max_logprobs,
         logprobs_mode=config.model.logprobs_mode,
     )
+
+
+def _thinking_ids(
+    tags: tuple[str, str] | None, tokenizer: Tokenizer | None
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The token ids of the texts around reasoning."""
+    if tags is None:
+        return None
+    if tokenizer is None:
+        raise ConfigError(
+            "reasoning_config needs a tokenizer; leave out skip_tokenizer_init.", parameter="reasoning_config"
+        )
+    start, end = (tuple(tokenizer.encode(tag, add_special_tokens=False)) for tag in tags)
+    if not start or not end:
+        raise ConfigError(f"reasoning_config: the tokenizer has no tokens for {tags}.", parameter="reasoning_config")
+    return start, end
 
 
 def _kv_dtype(config: EngineConfig, kind: str) -> jnp.dtype:

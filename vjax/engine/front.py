@@ -226,6 +226,21 @@ class BaseLLMEngine:
         finally:
             recordings.remove(recording)
 
+    def tokenize(
+        self, prompt: str | Mapping[str, Any] | Sequence[int], tokenization_kwargs: Mapping[str, Any] | None = None
+    ) -> tuple[list[int], str | None]:
+        """Token ids and cache salt (None: none) of a prompt as `add_request` takes it.
+
+        Raises:
+            VjaxValidationError: `add_request` would refuse the prompt.
+        """
+        return self._inputs.tokenize(prompt, tokenization_kwargs)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The token that ends a request unless ignore_eos is set."""
+        return self._inputs.eos_token_id
+
     def get_default_sampling_params(self) -> SamplingParams:
         """vLLM's defaults, overridden by the model's generation_config.json."""
         return self._inputs.default_sampling_params()

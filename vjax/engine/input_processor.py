@@ -16,6 +16,7 @@ from vjax.config.engine_config import EngineConfig
 from vjax.engine.tokenization import TokenizationParams
 from vjax.errors import VjaxValidationError
 from vjax.log import logger, warning_once
+from vjax.logits_processor import make_processors, request_values
 from vjax.messages import EngineRequest
 from vjax.sampling_params import SamplingParams
 from vjax.text.tokenizer import Tokenizer
@@ -69,6 +70,8 @@ class InputProcessor:
         self._vocab_size = vocab_size
         self._max_model_len = config.model.max_model_len
         self._max_logprobs = config.model.max_logprobs
+        self._logits_processors = make_processors(config.model.logits_processors)
+        self._can_end_thinking = config.model.thinking_tags is not None
         self._has_priorities = config.scheduler.policy == "priority"
         self._defaults = config.model.default_sampling_params
         eos = tokenizer.eos_token_id if tokenizer is not None else None
@@ -116,6 +119,7 @@ class InputProcessor:
         self._check_length(token_ids)
         complete = self._complete_params(params, len(token_ids))
         bad_words = self._bad_words(complete)
+        processor_values = self._processor_values(complete)
         requests = [
             EngineRequest(
                 request_id=child_id,
@@ -127,10 +131,24 @@ class InputProcessor:
                 priority=priority,
                 cache_salt=salt,
                 bad_words_token_ids=bad_words,
+                processor_values=processor_values,
             )
             for child_id, child_params in _expand(request_id, complete)
         ]
         return ProcessedRequest(request_id, text, token_ids, complete, requests, arrival_time)
+
+    def tokenize(
+        self, prompt: str | Mapping[str, Any] | Sequence[int], tokenization_kwargs: Mapping[str, Any] | None = None
+    ) -> tuple[list[int], str | None]:
+        """Token ids and cache salt of a prompt, checked as `process` does.
+
+        Raises:
+            VjaxValidationError: As `process`, of the prompt.
+        """
+        tokenization = TokenizationParams.from_kwargs(tokenization_kwargs, self._max_model_len)
+        _, token_ids, salt = self._parse(prompt, tokenization)
+        self._check_length(token_ids)
+        return token_ids, salt
 
     # ---- prompts --------------------------------------------------------------------------------------------------
 
@@ -238,7 +256,23 @@ class InputProcessor:
             params.seed = self._seeds.getrandbits(63)
         if params.min_tokens:
             self._check_num_masked(params)
+        if params.thinking_token_budget is not None and not self._can_end_thinking:
+            raise _error(
+                "thinking_token_budget",
+                params.thinking_token_budget,
+                "needs to know what ends reasoning; create the engine with reasoning_config={} for <think> and "
+                '</think>, or with {"reasoning_start_str": ..., "reasoning_end_str": ...}',
+            )
         return params
+
+    def _processor_values(self, params: SamplingParams) -> tuple[float, ...]:
+        if params.extra_args and not self._logits_processors:
+            raise _error(
+                "extra_args",
+                params.extra_args,
+                "are for logits processors, and the engine has none; create it with logits_processors=[...]",
+            )
+        return request_values(self._logits_processors, params)
 
     def _check_num_logprobs(self, params: SamplingParams) -> None:
         most = self._max_logprobs

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from vjax.engine.input_processor import ProcessedRequest
 from vjax.engine.recorder import MetricsRecorder, merged
+from vjax.logprobs import FlatLogprobs, Logprob
 from vjax.messages import EngineOutput, SampledLogprobs
-from vjax.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from vjax.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from vjax.sampling_params import RequestOutputKind
 from vjax.text.detokenizer import make_detokenizer
 from vjax.text.tokenizer import Tokenizer
@@ -27,7 +29,7 @@ class _Prompt:
         self.num_running = len(self.sequences)
         self.num_cached_tokens: int | None = None
         #: One per token, None for the first; None until they arrive, and if they were not asked for.
-        self.prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+        self.prompt_logprobs: list[dict[int, Logprob] | None] | FlatLogprobs | None = None
 
 
 class _Sequence:
@@ -62,7 +64,9 @@ class _Sequence:
         self.completion: CompletionOutput | None = None
         params = processed.params
         #: One per token; None if they were not asked for.
-        self.logprobs: list[dict[int, Logprob]] | None = [] if params.wants_logprobs else None
+        self.logprobs: list[dict[int, Logprob]] | FlatLogprobs | None = None
+        if params.wants_logprobs:
+            self.logprobs = FlatLogprobs() if params.flat_logprobs else []
         self.cumulative_logprob = 0.0
         # Until it finishes, nothing has to happen but to collect tokens.
         is_final_only = params.output_kind is RequestOutputKind.FINAL_ONLY
@@ -185,9 +189,10 @@ class OutputProcessor:
         if prompt.num_cached_tokens is None or sequence.index == 0:
             prompt.num_cached_tokens = output.num_cached_tokens
         if output.prompt_logprobs is not None:
-            ids = prompt.processed.prompt_token_ids[1:]
-            found = zip(ids, output.prompt_logprobs, strict=True)
-            prompt.prompt_logprobs = [None, *(self._entry(prompt, token_id, entry) for token_id, entry in found)]
+            prompt.prompt_logprobs = FlatLogprobs() if prompt.processed.params.flat_logprobs else []
+            prompt.prompt_logprobs.append(None)
+            for token_id, found in zip(prompt.processed.prompt_token_ids[1:], output.prompt_logprobs, strict=True):
+                self._append_entry(prompt.prompt_logprobs, prompt, token_id, found)
         if sequence.logprobs is not None and output.new_logprobs is not None:
             self._add_logprobs(sequence, output)
         reason = output.finish_reason
@@ -200,20 +205,27 @@ class OutputProcessor:
     def _add_logprobs(self, sequence: _Sequence, output: EngineOutput) -> None:
         assert sequence.logprobs is not None and output.new_logprobs is not None
         for token_id, found in zip(output.new_token_ids, output.new_logprobs, strict=True):
-            sequence.logprobs.append(self._entry(sequence.prompt, token_id, found))
+            self._append_entry(sequence.logprobs, sequence.prompt, token_id, found)
             sequence.cumulative_logprob += found.logprob
 
-    def _entry(self, prompt: _Prompt, token_id: int, found: SampledLogprobs) -> dict[int, Logprob]:
+    def _append_entry(
+        self, logprobs: list[Any] | FlatLogprobs, prompt: _Prompt, token_id: int, found: SampledLogprobs
+    ) -> None:
         """The token itself, the most probable ones, those that the request named."""
-        entry = {token_id: Logprob(found.logprob, found.rank)}
-        for rank, (i, value) in enumerate(zip(found.top_ids, found.top_logprobs, strict=True), 1):
-            entry.setdefault(i, Logprob(value, rank))
-        for i, value in zip(found.named_ids, found.named_logprobs, strict=True):
-            entry.setdefault(i, Logprob(value))
-        if self._tokenizer is not None and prompt.processed.params.detokenize:
-            for i, logprob in entry.items():
-                logprob.decoded_token = self._tokenizer.decode([i], skip_special_tokens=False)
-        return entry
+        ids = [token_id, *found.top_ids, *found.named_ids]
+        values = [found.logprob, *found.top_logprobs, *found.named_logprobs]
+        ranks = [found.rank, *range(1, len(found.top_ids) + 1), *[None] * len(found.named_ids)]
+        decoded: list[str | None] = [None] * len(ids)
+        tokenizer = self._tokenizer
+        if tokenizer is not None and prompt.processed.params.detokenize:
+            decoded = [tokenizer.decode([i], skip_special_tokens=False) for i in ids]
+        if isinstance(logprobs, FlatLogprobs):
+            logprobs.append_fast(ids, values, ranks, decoded)
+            return
+        entry: dict[int, Logprob] = {}
+        for i, value, rank, text in zip(ids, values, ranks, decoded, strict=True):
+            entry.setdefault(i, Logprob(value, rank, text))
+        logprobs.append(entry)
 
     def _show(self, sequence: _Sequence, output: EngineOutput) -> RequestOutput | None:
         prompt = sequence.prompt
@@ -249,13 +261,13 @@ def _completion(sequence: _Sequence, output: EngineOutput, delta: bool) -> Compl
     finished = output.finish_reason is not None
     token_ids, logprobs = sequence.token_ids, sequence.logprobs
     num_shown, sequence.num_shown_tokens = sequence.num_shown_tokens, len(token_ids)
-    if logprobs is not None:
-        del logprobs[len(token_ids) :]  # of tokens behind a stop string
+    if logprobs is not None and len(logprobs) > len(token_ids):  # of tokens behind a stop string
+        logprobs = sequence.logprobs = logprobs[: len(token_ids)]
     if delta:
         token_ids, logprobs = token_ids[num_shown:], None if logprobs is None else logprobs[num_shown:]
     elif not finished:
         # The originals go on growing.
-        token_ids, logprobs = token_ids.copy(), None if logprobs is None else logprobs.copy()
+        token_ids, logprobs = token_ids.copy(), None if logprobs is None else logprobs[:]
     return CompletionOutput(
         index=sequence.index,
         text=sequence.detokenizer.get_next_output_text(finished, delta),

@@ -250,6 +250,7 @@ def start_process(
     # Here, where a download is seen and can be interrupted; the child finds the files.
     model_dir = resolve_model_path(args.model, revision=args.revision, download_dir=args.download_dir)
     _check_architecture(model_dir)
+    _check_logits_processors(args)
     client = ProcessClient(args, on_outputs, on_death)
     tokenizer = None
     try:
@@ -275,6 +276,19 @@ def _check_architecture(model_dir: Path) -> None:
                 "in this process (VJAX_ENABLE_V1_MULTIPROCESSING=0).",
                 parameter="model",
                 value=architecture,
+            )
+
+
+def _check_logits_processors(args: EngineArgs) -> None:
+    """Raises: ConfigError for a class that the child could not import."""
+    for processor in args.logits_processors or ():
+        if isinstance(processor, type) and (processor.__module__ == "__main__" or "<" in processor.__qualname__):
+            raise ConfigError(
+                f"The logits processor {processor.__qualname__} is defined in the main program or in a function, where "
+                "the engine's process cannot import it: put it into a module, or keep the engine in this process "
+                "(multiprocess=False, VJAX_ENABLE_V1_MULTIPROCESSING=0).",
+                parameter="logits_processors",
+                value=processor,
             )
 
 

@@ -178,6 +178,7 @@ class _WireRequest(msgspec.Struct, array_like=True, gc=False):
     cache_salt: str | None
     ignored_eos_token_ids: tuple[int, ...]
     bad_words_token_ids: tuple[tuple[int, ...], ...]
+    processor_values: tuple[float, ...]
     #: Whether the scheduler has to note what becomes of it.
     metrics: bool
 
@@ -195,6 +196,8 @@ FRONT_PARAMS = frozenset(
     {
         "bad_words",
         "detokenize",
+        "extra_args",
+        "flat_logprobs",
         "include_stop_str_in_output",
         "output_kind",
         "skip_special_tokens",
@@ -224,6 +227,7 @@ def _to_wire(request: EngineRequest) -> _WireRequest:
         request.cache_salt,
         tuple(request.ignored_eos_token_ids),
         request.bad_words_token_ids,
+        request.processor_values,
         request.metrics is not None,
     )
 
@@ -244,6 +248,7 @@ def _from_wire(request: _WireRequest) -> EngineRequest:
         metrics=RequestMetrics() if request.metrics else None,
         ignored_eos_token_ids=request.ignored_eos_token_ids,
         bad_words_token_ids=request.bad_words_token_ids,
+        processor_values=request.processor_values,
     )
 
 

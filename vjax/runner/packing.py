@@ -85,7 +85,10 @@ def row_record(init: RowInit) -> list[int]:
 def has_processor_state(init: RowInit) -> bool:
     """Whether the request has ids of its own on the device, beside the columns of its record."""
     p = init.sampling_params
-    return bool(p.logit_bias or p.allowed_token_ids or init.bad_words_token_ids or p.logprob_token_ids)
+    if p.thinking_token_budget is not None:
+        return True
+    lists = (p.logit_bias, p.allowed_token_ids, init.bad_words_token_ids, p.logprob_token_ids, init.processor_values)
+    return any(lists)
 
 
 @dataclass(frozen=True)

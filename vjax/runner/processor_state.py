@@ -34,6 +34,9 @@ class ProcessorState:
         allowed: i32 [N, ceil(vocab_size / 32)], see `processors.keep_allowed`.
         bad_word_ids, bad_word_first, bad_word_last: i32 [N, MAX_BAD_WORDS_TOKENS], see `processors.BadWords`.
         logprob_ids: i32 [N, MAX_LOGPROB_TOKEN_IDS], ids whose log probability is wanted; padding is 0.
+        thinking_budget: i32 [N, 1]; -1 where there is none.
+        custom: i32 [N, num_columns], bits of float32: what users' processors keep (see `logits_processor.py`); an
+            engine without them has no such array.
     """
 
     bias_ids: jax.Array
@@ -43,6 +46,8 @@ class ProcessorState:
     bad_word_first: jax.Array
     bad_word_last: jax.Array
     logprob_ids: jax.Array
+    thinking_budget: jax.Array
+    custom: jax.Array | None = None
 
     def bad_words(self, row_ids: jax.Array) -> BadWords:
         return BadWords(self.bad_word_ids[row_ids], self.bad_word_first[row_ids], self.bad_word_last[row_ids])
@@ -56,12 +61,15 @@ class ProcessorLayout:
     """The buffer that writes one row of the state: the row, then a value for each entry."""
 
     vocab_size: int
+    #: Of users' processors.
+    num_custom: int = 0
 
     @property
     def widths(self) -> dict[str, int]:
         words = MAX_BAD_WORDS_TOKENS
         sizes = (MAX_LOGIT_BIASES, MAX_LOGIT_BIASES, -(-self.vocab_size // 32), words, words, words)
-        return dict(zip(_FIELDS, (*sizes, MAX_LOGPROB_TOKEN_IDS), strict=True))
+        widths = dict(zip(_FIELDS, (*sizes, MAX_LOGPROB_TOKEN_IDS, 1, self.num_custom), strict=True))
+        return {name: width for name, width in widths.items() if width}
 
     @property
     def size(self) -> int:
@@ -94,6 +102,9 @@ class ProcessorLayout:
             slot = end
         named = params.logprob_token_ids or []
         part["logprob_ids"][: len(named)] = named
+        part["thinking_budget"][:] = -1 if params.thinking_token_budget is None else params.thinking_token_budget
+        if init.processor_values:
+            part["custom"][:] = np.array(init.processor_values, np.float32).view(np.int32)
         return buffer
 
     def write(self, state: ProcessorState, packed: jax.Array) -> ProcessorState:

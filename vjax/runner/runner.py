@@ -323,6 +323,10 @@ def row_features(init: RowInit, num_top: int) -> Feature:
     features = NO_FEATURES
     if p.has_penalties or p.logit_bias or p.allowed_token_ids or init.bad_words_token_ids:
         features |= Feature.PROCESSORS
+    if p.thinking_token_budget is not None:
+        features |= Feature.THINKING
+    if init.processor_values:
+        features |= Feature.CUSTOM
     if p.wants_logprobs:
         features |= Feature.LOGPROBS
         if p.logprobs is not None and not 0 <= p.logprobs <= num_top:

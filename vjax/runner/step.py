@@ -21,6 +21,8 @@ import numpy as np
 
 from pallas_kernels import plan_attention
 from vjax.config.engine_config import DEFAULT_MAX_LOGPROBS
+from vjax.errors import ConfigError
+from vjax.logits_processor import LogitsProcessor, num_columns
 from vjax.messages import StepLogprobs
 from vjax.models.decoder import AttentionMetadata
 from vjax.models.functional import FunctionalModel
@@ -72,6 +74,10 @@ class Step:
 
     model: FunctionalModel
     geometry: StepGeometry
+    #: Of the engine's user, for programs with `Feature.CUSTOM`.
+    logits_processors: tuple[LogitsProcessor, ...] = ()
+    #: Token ids that begin and end reasoning, for programs with `Feature.THINKING`.
+    thinking: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     # ---- shapes -------------------------------------------------------------------------------------------------
 
@@ -93,7 +99,7 @@ class Step:
 
     @property
     def processor_layout(self) -> ProcessorLayout:
-        return ProcessorLayout(self.model.arch.vocab_size)
+        return ProcessorLayout(self.model.arch.vocab_size, num_columns(self.logits_processors))
 
     def processor_specs(self) -> ProcessorState:
         return self.processor_layout.specs(self.geometry.max_num_seqs)
@@ -210,10 +216,17 @@ class Step:
             [num_rows, width]; with ALL_LOGPROBS also f32 [num_rows, vocab_size].
         """
         raw = logits = self.model.logits(head_leaves, rows.hidden[:num_rows])
-        if Feature.PROCESSORS in features:
-            logits = self._process(rows, state, logits)
         row_ids = rows.sampled_rows[:num_rows]
-        rows, tokens, final = self._draw(Variant.FULL, rows, logits)
+        min_position = None
+        if features & (Feature.PROCESSORS | Feature.CUSTOM | Feature.THINKING):
+            history = self._history(rows, row_ids)
+            if Feature.PROCESSORS in features:
+                logits = self._process(rows, state, logits, history)
+            if Feature.CUSTOM in features:
+                logits = self._process_custom(rows, state, logits, history)
+            if Feature.THINKING in features:
+                logits, min_position = self._end_thinking(rows, state, logits, history)
+        rows, tokens, final = self._draw(Variant.FULL, rows, logits, min_position)
         if Feature.LOGPROBS not in features:
             return rows, tokens
         values = self._logprob_values(raw if self.geometry.logprobs_mode.startswith("raw") else final)
@@ -242,31 +255,90 @@ class Step:
     def _logprob_values(self, logits: jax.Array) -> jax.Array:
         return jax.nn.log_softmax(logits, axis=-1) if self.geometry.logprobs_mode.endswith("logprobs") else logits
 
-    def _draw(self, variant: Variant, rows: RowState, logits: jax.Array):
-        """Rows with the tokens written, the tokens, and the logits that they were drawn from."""
+    def _draw(self, variant: Variant, rows: RowState, logits: jax.Array, min_position: jax.Array | None = None):
+        """Rows with the tokens written, the tokens, and the logits that they were drawn from.
+
+        Args:
+            min_position: i32 [R] instead of the rows' own.
+        """
         row_ids = rows.sampled_rows[: logits.shape[0]]
+        names = ("temperature", "top_k", "top_p", "min_p", "seed_low", "seed_high", "min_position")
+        columns = {name: sampling_column(rows, row_ids, name) for name in names}
+        if min_position is not None:
+            columns["min_position"] = min_position
         tokens, final = sample_tokens(
             logits,
             variant=variant,
-            **{
-                name: sampling_column(rows, row_ids, name)
-                for name in ("temperature", "top_k", "top_p", "min_p", "seed_low", "seed_high", "min_position")
-            },
+            **columns,
             position=rows.num_computed[row_ids],
             masked_ids=rows.masked_ids[row_ids],
             implementation=self.geometry.implementation,
         )
         return rows.replace(last_token=rows.last_token.at[row_ids].set(tokens)), tokens, final
 
-    def _process(self, rows: RowState, state: ProcessorState, logits: jax.Array) -> jax.Array:
-        num_rows, vocab_size = logits.shape
-        row_ids = rows.sampled_rows[:num_rows]
+    def check_logits_processors(self) -> None:
+        """Traces what the engine's user wrote, on shapes alone.
+
+        Raises:
+            ConfigError: A processor cannot be traced, or its result is no new logits.
+        """
+        logits = jax.ShapeDtypeStruct((2, self.model.arch.vocab_size), jnp.float32)
+        count = jax.ShapeDtypeStruct((2,), jnp.int32)
+        length = self.geometry.max_blocks_per_row * self.geometry.block_size
+        history = processors.History(jax.ShapeDtypeStruct((2, length), jnp.int32), count, count)  # pyright: ignore
+        for processor in self.logits_processors:
+            name = type(processor).__name__
+            try:
+                values = jax.ShapeDtypeStruct((2, processor.num_values), jnp.float32)
+                result = jax.eval_shape(processor.apply, logits, values, history)
+            except Exception as e:  # whatever a user's function raises
+                what = f"{name}.apply cannot be traced by JAX: {type(e).__name__}: {e}"
+                raise ConfigError(what, parameter="logits_processors", value=name) from e
+            if getattr(result, "shape", None) != logits.shape or result.dtype != logits.dtype:
+                what = f"{name}.apply gave {result} for logits of shape {logits.shape}; return new ones, float32."
+                raise ConfigError(what, parameter="logits_processors", value=name)
+
+    def _history(self, rows: RowState, row_ids: jax.Array) -> processors.History:
         blocks = rows.block_tokens[rows.block_table[row_ids]]
-        history = processors.History(
-            blocks.reshape(num_rows, -1),
+        return processors.History(
+            blocks.reshape(row_ids.shape[0], -1),
             rows.num_computed[row_ids],
             sampling_column(rows, row_ids, "num_prompt_tokens"),
         )
+
+    def _process_custom(
+        self, rows: RowState, state: ProcessorState, logits: jax.Array, history: processors.History
+    ) -> jax.Array:
+        assert state.custom is not None
+        row_ids = rows.sampled_rows[: logits.shape[0]]
+        has_state = (sampling_column(rows, row_ids, "flags") & HAS_PROCESSOR_STATE) != 0
+        columns = jax.lax.bitcast_convert_type(state.custom[row_ids], jnp.float32)
+        first = 0
+        for processor in self.logits_processors:
+            end = first + 1 + processor.num_values
+            used = has_state & (columns[:, first] > 0)
+            values = jnp.where(used[:, None], columns[:, first + 1 : end], jnp.float32(0))
+            logits = jnp.where(used[:, None], processor.apply(logits, values, history), logits)
+            first = end
+        return logits
+
+    def _end_thinking(
+        self, rows: RowState, state: ProcessorState, logits: jax.Array, history: processors.History
+    ) -> tuple[jax.Array, jax.Array]:
+        """Logits, and each row's position from which every token may be drawn: what is forced is not masked."""
+        assert self.thinking is not None
+        row_ids = rows.sampled_rows[: logits.shape[0]]
+        has_state = (sampling_column(rows, row_ids, "flags") & HAS_PROCESSOR_STATE) != 0
+        budget = jnp.where(has_state, state.thinking_budget[row_ids, 0], -1)
+        start, end = self.thinking
+        logits, forced = processors.end_thinking(logits, history, budget, start=start, end=end)
+        return logits, jnp.where(forced, 0, sampling_column(rows, row_ids, "min_position"))
+
+    def _process(
+        self, rows: RowState, state: ProcessorState, logits: jax.Array, history: processors.History
+    ) -> jax.Array:
+        num_rows, vocab_size = logits.shape
+        row_ids = rows.sampled_rows[:num_rows]
         flags = sampling_column(rows, row_ids, "flags")
         has_state = (flags & HAS_PROCESSOR_STATE) != 0
         logits = processors.keep_allowed(logits, state.allowed[row_ids], (flags & HAS_ALLOWED_IDS) != 0)

@@ -1,6 +1,7 @@
 """What a request may do to its logits before a token is drawn from them.
 
-Order as in vLLM's second model runner: allowed ids, biases, penalties, bad words (and min_tokens, `sampler.mask_ids`:
+Order as in vLLM's second model runner: allowed ids, biases, penalties, bad words, users' own processors, the end of
+reasoning (and min_tokens, `sampler.mask_ids`:
 where in the order does not matter to what becomes -inf). Every function leaves the rows that do not use it as they are.
 """
 
@@ -88,6 +89,40 @@ def mask_bad_words(logits: jax.Array, history: History, words: BadWords) -> jax.
     completed = (words.last == slot) & (total == before)
     ids = jnp.where(completed, words.token_ids, logits.shape[1])
     return logits.at[_rows(logits), ids].set(-jnp.inf, mode="drop")
+
+
+def end_thinking(
+    logits: jax.Array, history: History, budget: jax.Array, *, start: tuple[int, ...], end: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """Leaves the next token of `end` alone where a row has thought for `budget` i32 [R] tokens (-1: no limit).
+
+    A row thinks from the first `start` behind its latest `end`. Thinking in the prompt counts, and is ended with the
+    first tokens of the output at the earliest.
+
+    Returns:
+        The logits, and which rows they leave one token, bool [R].
+    """
+    length = history.token_ids.shape[1]
+    closed = jnp.max(_ends(history, end), axis=1, initial=0)
+    starts = _ends(history, start)
+    opened = jnp.min(starts, axis=1, where=starts - len(start) >= closed[:, None], initial=length + 1)
+    forced_from = jnp.maximum(opened + budget, history.num_prompt_tokens)
+    step = history.num_tokens - forced_from
+    forced = (budget >= 0) & (opened <= length) & (step >= 0)
+    token = jnp.asarray(end, jnp.int32)[jnp.clip(step, 0, len(end) - 1)]
+    only = jnp.where(jnp.arange(logits.shape[1]) == token[:, None], jnp.float32(0), -jnp.inf)
+    return jnp.where(forced[:, None], only, logits), forced
+
+
+def _ends(history: History, sequence: tuple[int, ...]) -> jax.Array:
+    """The positions behind each occurrence of `sequence` in each history, i32 [R, L]; -1 where there is none."""
+    length = history.token_ids.shape[1]
+    num_ends = max(length - len(sequence) + 1, 0)
+    ends = jnp.arange(num_ends, dtype=jnp.int32) + len(sequence)
+    found = ends <= history.num_tokens[:, None]
+    for i, token_id in enumerate(sequence):
+        found &= history.token_ids[:, i : i + num_ends] == token_id
+    return jnp.where(found, ends, -1)
 
 
 def _rows(logits: jax.Array) -> jax.Array:

@@ -40,6 +40,10 @@ class Feature(enum.IntFlag):
     LOGPROBS = 2
     #: Those of the whole vocabulary as well.
     ALL_LOGPROBS = 4
+    #: The end of reasoning, forced when a budget is spent.
+    THINKING = 8
+    #: Logits processors of the engine's user.
+    CUSTOM = 16
 
 
 NO_FEATURES = Feature(0)
