@@ -22,6 +22,11 @@ from vjax.sampling_params import SamplingParams
 LAST_SAMPLED = -1
 
 
+def mask_width(vocab_size: int) -> int:
+    """Words of 32 bits, one bit for each token, in a mask of the tokens that may be drawn."""
+    return -(-vocab_size // 32)
+
+
 @dataclass(slots=True)
 class EngineRequest:
     """One prompt on its way into the engine core. Already validated; n > 1 was expanded into several of these."""
@@ -42,6 +47,8 @@ class EngineRequest:
     ignored_eos_token_ids: tuple[int, ...] = ()
     #: SamplingParams.bad_words as sequences of tokens.
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    #: SamplingParams.structured_outputs in llguidance's language, known to be a grammar.
+    grammar: str | None = None
 
 
 @dataclass(slots=True)
@@ -58,6 +65,8 @@ class RowInit:
     masked_token_ids: tuple[int, ...] = ()
     #: As in `EngineRequest`.
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    #: Every step in which the row samples has a mask for it.
+    has_grammar: bool = False
 
 
 @dataclass(slots=True)

@@ -170,6 +170,7 @@ class _WireRequest(msgspec.Struct, array_like=True, gc=False):
     cache_salt: str | None
     ignored_eos_token_ids: tuple[int, ...]
     bad_words_token_ids: tuple[tuple[int, ...], ...]
+    grammar: str | None
     #: Whether the scheduler has to note what becomes of it.
     metrics: bool
 
@@ -182,7 +183,7 @@ class _Pickled(msgspec.Struct, array_like=True, tag=3):
     data: bytes
 
 
-#: Sampling parameters of the text, which stays in the front end.
+#: Sampling parameters of the text, which stays in the front end; of some the request has what the core needs.
 FRONT_PARAMS = frozenset(
     {
         "bad_words",
@@ -193,6 +194,7 @@ FRONT_PARAMS = frozenset(
         "spaces_between_special_tokens",
         "stop",
         "stream_interval",
+        "structured_outputs",
     }
 )
 _DEFAULT_PARAMS = SamplingParams()
@@ -216,6 +218,7 @@ def _to_wire(request: EngineRequest) -> _WireRequest:
         request.cache_salt,
         tuple(request.ignored_eos_token_ids),
         request.bad_words_token_ids,
+        request.grammar,
         request.metrics is not None,
     )
 
@@ -236,6 +239,7 @@ def _from_wire(request: _WireRequest) -> EngineRequest:
         metrics=RequestMetrics() if request.metrics else None,
         ignored_eos_token_ids=request.ignored_eos_token_ids,
         bad_words_token_ids=request.bad_words_token_ids,
+        grammar=request.grammar,
     )
 
 

@@ -121,10 +121,13 @@ def make_program(step: Step, key: Key, mesh: Mesh | None) -> Program:
         head_leaves = leaves(model.head_leaf_names)
         if key.features:
 
-            def sample_with_features(head, rows, state):
-                return step.sample_with_features(key.num_rows, key.features, head, rows, state)
+            def sample_with_features(head, rows, state, *mask):
+                return step.sample_with_features(key.num_rows, key.features, head, rows, state, *mask)
 
-            return Program("sample_with_features", sample_with_features, (1,), (head_leaves, rows, processors))
+            arguments = (head_leaves, rows, processors)
+            if Feature.MASK in key.features:
+                arguments += (placed(step.mask_spec(key.num_rows), (None, None)),)
+            return Program("sample_with_features", sample_with_features, (1,), arguments)
 
         def sample(head, rows):
             return step.sample(key.num_rows, key.variant, head, rows)

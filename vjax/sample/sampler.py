@@ -40,6 +40,8 @@ class Feature(enum.IntFlag):
     LOGPROBS = 2
     #: Those of the whole vocabulary as well.
     ALL_LOGPROBS = 4
+    #: The tokens that grammars allow.
+    MASK = 8
 
 
 NO_FEATURES = Feature(0)

@@ -153,4 +153,5 @@ class StepBuilder:
             num_prompt_tokens=request.num_prompt_tokens,
             masked_token_ids=tuple(sorted(masked)),
             bad_words_token_ids=request.bad_words_token_ids,
+            has_grammar=request.matcher is not None,
         )
