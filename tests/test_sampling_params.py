@@ -125,7 +125,6 @@ def test_repetition_detection_may_be_a_mapping():
         ("prompt_logprob_token_ids", [1], "None"),
         ("prompt_logprob_start", 0, "None"),
         ("flat_logprobs", True, "False"),
-        ("structured_outputs", {"regex": "a"}, "None"),
         ("thinking_token_budget", 1, "None"),
         ("extra_args", {"a": 1}, "None"),
         ("watermarking", {}, "None"),

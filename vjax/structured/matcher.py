@@ -50,6 +50,8 @@ class MaskFiller:
         Args:
             mask: i32 [R, mask_width(vocab_size)], contiguous; bit i % 32 of word i // 32 is id i.
         """
+        if not matchers:
+            return
         if self._executor is None:
             from llguidance import LLExecutor
 
