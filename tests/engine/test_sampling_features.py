@@ -190,18 +190,12 @@ def test_requests_do_not_share_them(llm: LLM):
     assert [output.outputs[0].token_ids for output in generate(llm, greedy())] == plain
 
 
-SCHEMA = {
-    "type": "object",
-    "properties": {"name": {"type": "string", "minLength": 12}, "tags": {"type": "array", "minItems": 3}},
-    "required": ["name", "tags"],
-}
 KINDS = {
     "frequency": {"frequency_penalty": 0.8, "logprobs": 2},
     "bad_words": {"bad_words": ["return", "self"], "logprobs": 2},
     "logprobs": {"logprobs": 2},
     "prompt_logprobs": {"prompt_logprobs": 2, "logprobs": 0},
     "seeded": {"temperature": 0.9, "seed": 5, "top_p": 0.8, "presence_penalty": 0.5, "logprobs": 2},
-    "json_schema": {"structured_outputs": {"json": SCHEMA, "disable_any_whitespace": True}, "logprobs": 2},
 }
 
 

@@ -179,6 +179,30 @@ def test_ends(llm: LLM):
     assert endless.text == "ab" and (len(endless.token_ids), endless.finish_reason) == (12, "length")
 
 
+@pytest.mark.parametrize(("overlap", "blocks", "budget"), [(True, 17, 48), (False, 200, 8192)])
+def test_modes_agree(llm: LLM, overlap: bool, blocks: int, budget: int):
+    """Of tokens and log probabilities, with preemptions where there are few blocks."""
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "minLength": 12}, "tags": {"type": "array", "minItems": 3}},
+        "required": ["name", "tags"],
+    }
+    params = [constrained(40, seed=i, temperature=(0, 0.8)[i % 2], json=schema) for i in range(7)]
+    params.append(SamplingParams(temperature=0, max_tokens=40, ignore_eos=True))
+    for p in params:
+        p.logprobs = 2
+    prompts = ["def read_lines(path):\n" * (1 + i) for i in range(len(params))]
+    options = {"async_scheduling": overlap, "num_gpu_blocks_override": blocks, "max_num_batched_tokens": budget}
+    with LLM("vjax-tiny", **{**SMALL, **options}, disable_log_stats=False) as other:
+        outputs = complete(other, params, prompts)
+        preemptions = next(m.value for m in other.get_metrics() if m.name == "vjax:num_preemptions")
+    assert (preemptions > 0) == (blocks == 17)
+    for one, two in zip(outputs, complete(llm, params, prompts), strict=True):
+        got, wanted = one.outputs[0], two.outputs[0]
+        assert got.token_ids == wanted.token_ids
+        assert got.cumulative_logprob == pytest.approx(wanted.cumulative_logprob, rel=1e-3)
+
+
 def test_logprobs_are_those_of_what_is_allowed(llm: LLM):
     params = constrained(temperature=0, choice=["true", "false"])
     params.logprobs = 3
