@@ -19,8 +19,8 @@ KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 @dataclass(frozen=True, slots=True)
 class StructuredOutputsParams:
-    """Constrains a completion to a JSON schema, a regular expression, one of some texts, a grammar, or running text with
-    tool calls in it. Exactly one of the kinds is given; the other fields change how JSON is written.
+    """Constrains a completion to a JSON schema, a regular expression, one of some texts, a grammar, or running text
+    with tool calls in it. Exactly one of the kinds is given; the other fields change how JSON is written.
 
     Tokens that lead out of the grammar cannot be drawn, and EOS only where the text may end. A completion that
     max_tokens, a stop string or a stop token ends earlier is a prefix.

@@ -50,10 +50,12 @@ def check(output, valid: Callable[[str], bool]) -> None:
 
 def test_json_schemas(llm: LLM):
     schemas = [random_schema(seed) for seed in range(24)]
-    params = [constrained(seed=i, json=s, disable_any_whitespace=i % 2 == 0) for i, s in enumerate(schemas)]
-    for i, p in enumerate(params):
-        if i % 2:
-            params[i] = constrained(seed=i, json=json.dumps(schemas[i]), whitespace_pattern=r" ?")
+    params = [
+        constrained(seed=i, json=json.dumps(schema), whitespace_pattern=" ?")
+        if i % 2
+        else constrained(seed=i, json=schema, disable_any_whitespace=True)
+        for i, schema in enumerate(schemas)
+    ]
     for output, schema in zip(complete(llm, params), schemas, strict=True):
         check(output, lambda text, schema=schema: accepts(schema, json.loads(text)))
 
@@ -162,7 +164,9 @@ def test_each_completion_has_a_matcher_of_its_own(llm: LLM):
 
 def test_ends(llm: LLM):
     """min_tokens holds EOS back where the text may go on; what is complete ends. Stop ids and strings end a prefix."""
-    longer, whole, cut, stopped, endless = (constrained(40, regex=r) for r in ("a+", "abc", "[ab]{9}", "[0-9]{9}", "ab"))
+    longer, whole, cut, stopped, endless = (
+        constrained(40, regex=r) for r in ("a+", "abc", "[ab]{9}", "[0-9]{9}", "ab")
+    )
     longer.min_tokens = whole.min_tokens = 20
     longer.logit_bias = {0: 50.0, 1: 40.0}
     (stop,) = llm.get_tokenizer().encode("a" * 3)[-1:]
@@ -212,7 +216,9 @@ def test_logprobs_are_those_of_what_is_allowed(llm: LLM):
     for token, entry in zip(completion.token_ids, completion.logprobs, strict=True):
         assert entry[token].rank == 1 and -1e30 < entry[token].logprob <= 0
     # Where one token is left its probability is 1.
-    assert [entry[t].logprob for t, entry in zip(completion.token_ids, completion.logprobs, strict=True)].count(0.0) >= 1
+    assert [entry[t].logprob for t, entry in zip(completion.token_ids, completion.logprobs, strict=True)].count(
+        0.0
+    ) >= 1
 
 
 def test_without_a_tokenizer():

@@ -61,9 +61,7 @@ def test_masks_of_choices(compiler, tokenizer):
         return ids
 
     cases = ["", "s", "self", "self.", "self.name", "return", "set"]
-    found = allowed(
-        compiler, *[(params, tokenizer.encode(c, add_special_tokens=False)) for c in cases], (None, [])
-    )
+    found = allowed(compiler, *[(params, tokenizer.encode(c, add_special_tokens=False)) for c in cases], (None, []))
     assert found == [*map(wanted, cases), set(range(VOCAB_SIZE))]
     assert len(found[0]) > 5 and found[4] == set(EOS) < found[2] and len(found[3]) == len(found[5]) == 1
 

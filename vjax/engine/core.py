@@ -99,11 +99,9 @@ class EngineCore:
             self.scheduler.unschedule(scheduled)
             raise
 
-    def _fill_mask(
-        self, constrained: list[tuple[int, Request]], early: list[EngineOutput], mask: np.ndarray
-    ) -> None:
-        """What the grammars of a step's requests allow, while the device computes the step's forward: tokens of the
-        step before are waited for, since they decide it."""
+    def _fill_mask(self, constrained: list[tuple[int, Request]], early: list[EngineOutput], mask: np.ndarray) -> None:
+        """Leaves in the mask of a step what the grammars of its requests allow, while the device computes its forward:
+        tokens of the step before are waited for, since they decide it."""
         while self._in_flight:
             early += self._finish_oldest()
         live = [(row, request) for row, request in constrained if not request.is_finished]

@@ -263,8 +263,8 @@ class Step:
 
     @staticmethod
     def _grammar_first(rows: RowState, row_ids: jax.Array, allowed: jax.Array, logits: jax.Array):
-        """Where processors and min_tokens leave nothing of what a grammar allows, such as EOS alone, the grammar has its
-        way: the text is complete and can only end.
+        """Where processors and min_tokens leave nothing of what a grammar allows, such as EOS alone, the grammar has
+        its way: the text is complete and can only end.
 
         Returns:
             The logits to draw from and the position from which EOS may be drawn.
