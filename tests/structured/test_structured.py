@@ -140,6 +140,20 @@ def test_bad_grammars(compiler, fields, text):
         compiler.matcher(grammar_text(StructuredOutputsParams(**fields)))
 
 
+def test_compiled_grammars_are_kept_and_shared(tokenizer, monkeypatch):
+    from vjax.structured import compiler as module
+
+    monkeypatch.setattr(module, "_MAX_KEPT", 2)
+    loads, compiles = [], []
+    compiler = GrammarCompiler(lambda: loads.append(0) or tokenizer, vocab_size=VOCAB_SIZE, eos_token_ids=lambda _: EOS)
+    compile_ = compiler._compile
+    monkeypatch.setattr(compiler, "_compile", lambda grammar: compiles.append(grammar) or compile_(grammar))
+    a, b, c = (grammar_text(StructuredOutputsParams(choice=[text])) for text in "abc")
+    for grammar in (a, b, a, c, a, b):
+        compiler.matcher(grammar)
+    assert compiles == [a, b, c, b] and len(loads) == 1
+
+
 def test_closed():
     """Names of properties are no keywords, values are no schemas."""
     inner = {"properties": {"b": {"type": "null"}}}

@@ -39,8 +39,10 @@ class GrammarCompiler:
         self._load = load
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
-        self._lock = threading.Lock()
+        self._loading = threading.Lock()
         self._tokens: LLTokenizer | None = None
+        #: Guards what follows, and is never held for long: a grammar may take a second to compile.
+        self._lock = threading.Lock()
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
 
     def matcher(self, grammar: str) -> GrammarMatcher:
@@ -50,20 +52,21 @@ class GrammarCompiler:
             VjaxValidationError: llguidance refuses the grammar, or the engine has no tokenizer that it can use.
         """
         with self._lock:
-            compiled = self._compiled.get(grammar)
-            if compiled is None:
-                compiled = self._compiled[grammar] = self._compile(grammar)
-                if len(self._compiled) > _MAX_KEPT:
-                    self._compiled.popitem(last=False)
-            else:
-                self._compiled.move_to_end(grammar)
+            known = self._compiled.get(grammar)
+        compiled = known or self._compile(grammar)
+        with self._lock:
+            self._compiled[grammar] = compiled
+            self._compiled.move_to_end(grammar)
+            if len(self._compiled) > _MAX_KEPT:
+                self._compiled.popitem(last=False)
             return GrammarMatcher(compiled.deep_copy())
 
     def _compile(self, grammar: str) -> LLMatcher:
         from llguidance import LLMatcher
 
-        if self._tokens is None:
-            self._tokens = self._load_tokens()
+        with self._loading:
+            if self._tokens is None:
+                self._tokens = self._load_tokens()
         matcher = LLMatcher(self._tokens, grammar, log_level=0)
         if matcher.is_error():
             raise _error(matcher.get_error())
