@@ -83,8 +83,8 @@ def feature_bucket(sizes: Sequence[int], num_rows: int, features: Feature) -> Sa
 
 def all_keys(buckets: Buckets) -> list[Key]:
     """Every program of an engine, those that take longest to compile first, but those that the first request with such
-    a feature brings: `feature_bucket`'s, "write_processors", `ScoreBucket`s and forwards that keep hidden states. Of sample
-    programs of one size the greedy one comes long before the others, which then find the head's product tuned."""
+    a feature brings: `feature_bucket`'s, "write_processors", `ScoreBucket`s and forwards that keep hidden states. Of
+    sample programs of a size the greedy one comes long before the others, which then find the head's product tuned."""
     samples = sample_buckets(buckets.sample)[::-1]
     greedy = [key for key in samples if key.variant == Variant.GREEDY]
     return [*greedy, *buckets.mixed[::-1], *buckets.decode[::-1], *(k for k in samples if k not in greedy), *UPDATES]
