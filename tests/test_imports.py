@@ -15,13 +15,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LEAVES = {"beam_search", "config", "envs", "errors", "log", "logits_processor", "logprobs", "messages", "metrics"}
-LEAVES |= {"outputs", "request", "sampling_params"}
+LEAVES |= {"outputs", "request", "sampling_params", "structured_outputs"}
 #: Package of vjax -> the packages that it may import, leaves apart.
 ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
     "benchmarks": {"llm", "plot", "runner", "scheduler"},
     "cli": {"benchmarks", "llm", "models", "plot", "text", "weights"},
-    "engine": {"models", "parallel", "runner", "scheduler", "text", "v1", "weights"},
+    "engine": {"models", "parallel", "runner", "scheduler", "structured", "text", "v1", "weights"},
     "kv": set(),
     "layers": {"models", "parallel"},
     "llm": {"engine", "text"},
@@ -32,6 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "runner": {"models", "parallel", "sample", "weights"},
     "sample": set(),
     "scheduler": {"kv"},
+    "structured": {"text"},
     "text": set(),
     "v1": {"engine"},
     "weights": {"layers", "models", "parallel"},
@@ -40,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
 #: Packages that call kernels; the four modules ask pallas_kernels for an implementation, its runtime, and a plan.
 USE_KERNELS = {"layers", "sample", "quant", "lora"}
 PLAN_KERNELS = {"vjax.cli.collect_env", "vjax.engine.builder", "vjax.runner.exported", "vjax.runner.step"}
-NO_JAX = LEAVES | {"benchmarks", "cli", "kv", "parsers", "plot", "scheduler", "text"}
+NO_JAX = LEAVES | {"benchmarks", "cli", "kv", "parsers", "plot", "scheduler", "structured", "text"}
 #: The only modules that read or set environment variables: the settings, and what JAX itself takes from there.
 #: Where torch may be imported, inside a function.
 COMPARE_WITH_TORCH = {"pallas_kernels.bench.attention"}

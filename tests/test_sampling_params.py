@@ -124,7 +124,6 @@ def test_repetition_detection_may_be_a_mapping():
     [
         ("prompt_logprob_token_ids", [1], "None"),
         ("prompt_logprob_start", 0, "None"),
-        ("structured_outputs", {"regex": "a"}, "None"),
         ("watermarking", {}, "None"),
         ("routed_experts_prompt_start", 0, "None"),
         ("trace_decode_token_ids", [1], "None"),

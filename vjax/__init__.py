@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vjax.outputs import CompletionOutput, RequestOutput
     from vjax.parsers.registry import reasoning_parser, tool_parser
     from vjax.sampling_params import BeamSearchParams, RepetitionDetectionParams, RequestOutputKind, SamplingParams
+    from vjax.structured_outputs import StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -53,6 +54,7 @@ _MODULES = {
     "RequestOutput": "vjax.outputs",
     "RequestOutputKind": "vjax.sampling_params",
     "SamplingParams": "vjax.sampling_params",
+    "StructuredOutputsParams": "vjax.structured_outputs",
     "VjaxValidationError": "vjax.errors",
     "reasoning_parser": "vjax.parsers.registry",
     "tool_parser": "vjax.parsers.registry",
@@ -81,6 +83,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
     "VjaxValidationError",
     "__version__",
     "reasoning_parser",

@@ -22,6 +22,11 @@ from vjax.sampling_params import SamplingParams
 LAST_SAMPLED = -1
 
 
+def mask_width(vocab_size: int) -> int:
+    """Words of 32 bits, one bit for each token, in a mask of the tokens that may be drawn."""
+    return -(-vocab_size // 32)
+
+
 @dataclass(slots=True)
 class EngineRequest:
     """One prompt on its way into the engine core. Already validated; n > 1 was expanded into several of these."""
@@ -44,6 +49,8 @@ class EngineRequest:
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     #: What the engine's logits processors keep of it (see `logits_processor.request_values`).
     processor_values: tuple[float, ...] = ()
+    #: SamplingParams.structured_outputs in llguidance's language, known to be a grammar.
+    grammar: str | None = None
 
 
 @dataclass(slots=True)
@@ -61,6 +68,8 @@ class RowInit:
     #: As in `EngineRequest`.
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     processor_values: tuple[float, ...] = ()
+    #: Every step in which the row samples has a mask for it.
+    has_grammar: bool = False
 
 
 @dataclass(slots=True)

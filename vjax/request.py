@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Any
 
 from vjax.messages import EngineRequest, SampledLogprobs
 from vjax.outputs import RequestMetrics
@@ -78,9 +79,11 @@ class Request:
     num_scored_tokens: int = 1
     #: The front end's record of it; None with disable_log_stats.
     metrics: RequestMetrics | None = None
+    #: Its place in its grammar, which follows `token_ids`; None: it has no grammar. The engine core's.
+    matcher: Any = None
 
     @classmethod
-    def from_engine_request(cls, r: EngineRequest, max_model_len: int) -> Request:
+    def from_engine_request(cls, r: EngineRequest, max_model_len: int, matcher: Any = None) -> Request:
         params, num_prompt_tokens = r.sampling_params, len(r.prompt_token_ids)
         assert params.max_tokens is not None
         eos = () if r.eos_token_id is None else (r.eos_token_id,)
@@ -99,6 +102,7 @@ class Request:
             priority=r.priority,
             cache_salt=r.cache_salt,
             metrics=r.metrics,
+            matcher=matcher,
             bad_words_token_ids=r.bad_words_token_ids,
             processor_values=r.processor_values,
             wants_logprobs=r.sampling_params.wants_logprobs,

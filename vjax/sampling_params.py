@@ -13,6 +13,7 @@ from typing import Any
 
 from vjax.errors import VjaxValidationError
 from vjax.log import logger, warning_once
+from vjax.structured_outputs import StructuredOutputsParams
 
 #: Below this temperature a request is greedy.
 GREEDY_TEMPERATURE = 1e-5
@@ -139,7 +140,8 @@ class SamplingParams:
     #: At least 1: tokens between two streamed outputs, after the first, which comes at once. None, or less than the
     #: engine's `stream_interval`: the engine's.
     stream_interval: int | None = None
-    structured_outputs: Any = None
+    #: The form that the text must have; a mapping of the fields is accepted too. EOS is drawn only where it may end.
+    structured_outputs: StructuredOutputsParams | None = None
     #: Token id -> what is added to its logit, clamped to [-100, 100]; at most 1024.
     logit_bias: dict[int, float] | None = None
     #: No other token is drawn.
@@ -311,6 +313,8 @@ class SamplingParams:
         if not isinstance(self.extra_args, (Mapping, NoneType)):
             raise _error("extra_args", self.extra_args, "must be a dict")
         self.extra_args = dict(self.extra_args) if self.extra_args else None
+        if self.structured_outputs is not None:
+            self.structured_outputs = StructuredOutputsParams.from_value(self.structured_outputs)
 
     def _make_greedy(self) -> None:
         if self.n > 1:
@@ -376,7 +380,7 @@ _SUPPORTED |= {"stop", "stop_token_ids", "output_kind", *_BOOLEANS}
 _SUPPORTED |= {"presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids"}
 _SUPPORTED |= {"bad_words", "logprobs", "prompt_logprobs", "logprob_token_ids"}
 _SUPPORTED |= {"stream_interval", "skip_reading_prefix_cache", "repetition_detection"}
-_SUPPORTED |= {"thinking_token_budget", "extra_args"}
+_SUPPORTED |= {"thinking_token_budget", "extra_args", "structured_outputs"}
 _UNSUPPORTED = {f.name: f.default for f in dataclasses.fields(SamplingParams) if f.name not in _SUPPORTED}
 #: Defaults as they are after construction.
 _REPR_DEFAULTS = [

@@ -1,4 +1,4 @@
-"""The part of JSON schema (draft 7) that the schema of run files uses; any other keyword is an error."""
+"""The part of JSON schema (draft 7) that the tests' schemas use; any other keyword is an error."""
 
 from __future__ import annotations
 
@@ -36,6 +36,10 @@ def _passes(keyword: str, allowed: Any, value: Any, schema: dict[str, Any]) -> b
             return not number or value > allowed
         case "maximum":
             return not number or value <= allowed
+        case "exclusiveMaximum":
+            return not number or value < allowed
+        case "maxLength":
+            return not isinstance(value, str) or len(value) <= allowed
         case "minLength":
             return not isinstance(value, str) or len(value) >= allowed
         case "pattern":

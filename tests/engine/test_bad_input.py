@@ -141,7 +141,7 @@ def test_lists_that_do_not_fit_the_prompts(llm, still_works, kwargs, parts):
         ({"stop_token_ids": ["a"]}, ["stop_token_ids=['a']", "'a' is not one"]),
         ({"prompt_logprob_start": 1}, ["prompt_logprob_start=1", "not supported yet"]),
         ({"presence_penalty": 3}, ["presence_penalty=3", "[-2.0, 2.0]"]),
-        ({"structured_outputs": {}}, ["structured_outputs", "not supported yet"]),
+        ({"structured_outputs": {}}, ["structured_outputs={}", "exactly one of json, regex, choice"]),
     ],
 )
 def test_sampling_parameters(fields, parts):

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import os
+import re
 import select
 import signal
 import subprocess
@@ -117,6 +118,22 @@ def test_a_call_that_raises_in_the_process_raises_here(engine):
     with pytest.raises(TypeError, match="least_bytes_read"):
         engine._client.call("least_bytes_read").result()
     assert engine._client.call("least_bytes_read", 1).result().keys() == {"weights", "KV cache"}
+
+
+def test_grammars_cross(engine):
+    """Refused here; followed there, where the tokenizer is read for the first of them."""
+
+    def constrained(regex: str) -> SamplingParams:
+        return dataclasses.replace(GREEDY, structured_outputs={"regex": regex})  # pyright: ignore
+
+    async def main():
+        good = asyncio.create_task(collect(engine, PROMPTS[0], constrained("[a-c]{2}-[0-9]"), "good"))
+        with pytest.raises(VjaxValidationError, match="refused by llguidance"):
+            await collect(engine, PROMPTS[0], constrained("[a-c"), "bad")
+        return await good
+
+    (output,) = asyncio.run(main())
+    assert re.fullmatch("[a-c]{2}-[0-9]", output.outputs[0].text) and output.outputs[0].finish_reason == "stop"
 
 
 def test_a_killed_process_is_reported_to_every_waiter(engine):

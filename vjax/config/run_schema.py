@@ -70,6 +70,21 @@ SAMPLING: dict[str, dict[str, Any]] = {
         "additionalProperties": False,
         "properties": {f.name: _COUNT for f in dataclasses.fields(RepetitionDetectionParams)},
     },
+    "structured_outputs": {
+        "type": ["object", "null"],
+        "additionalProperties": False,
+        "properties": {
+            "json": {"type": ["object", "string", "null"]},
+            "regex": _TEXT | {"type": ["string", "null"]},
+            "choice": {"type": ["array", "null"], "items": {"type": "string"}, "minItems": 1},
+            "grammar": _TEXT | {"type": ["string", "null"]},
+            "json_object": {"type": ["boolean", "null"]},
+            "structural_tag": {"type": ["object", "string", "null"]},
+            "disable_any_whitespace": _BOOLEAN,
+            "disable_additional_properties": _BOOLEAN,
+            "whitespace_pattern": {"type": ["string", "null"]},
+        },
+    },
 }
 
 

@@ -74,6 +74,7 @@ class AsyncLLM:
         self._numbers = itertools.count()
         self._client: EngineClient
         self.tokenizer: Tokenizer | None
+        grammars = None
         if multiprocess:
             self._client, self.tokenizer = start_process(args, self._take_outputs, self._engine_died)
         else:
@@ -81,13 +82,17 @@ class AsyncLLM:
 
             built = build_engine(args)
             self._client = ThreadClient(built.core, built.info, self._take_outputs, self._engine_died)
-            self.tokenizer = built.tokenizer
+            self.tokenizer, grammars = built.tokenizer, built.core.grammars
         info = self._client.info
         self.config: EngineConfig = info.config
         #: Token ids are below it.
         self.vocab_size: int = info.vocab_size
         self._inputs = InputProcessor(
-            info.config, vocab_size=info.vocab_size, tokenizer=self.tokenizer, eos_token_ids=info.eos_token_ids
+            info.config,
+            vocab_size=info.vocab_size,
+            tokenizer=self.tokenizer,
+            eos_token_ids=info.eos_token_ids,
+            grammars=grammars,
         )
         self._recorder: MetricsRecorder | None = None
         if not info.config.disable_log_stats:
@@ -145,7 +150,9 @@ class AsyncLLM:
             arrival_time=arrival_time,
             tokenization_kwargs=tokenization_kwargs,
         )
-        processed = await asyncio.to_thread(process) if _is_long(prompt) else process()
+        # A grammar may take a second to compile.
+        slow = _is_long(prompt) or getattr(sampling_params, "structured_outputs", None) is not None
+        processed = await asyncio.to_thread(process) if slow else process()
         collector = self._add(processed)
         finished = False
         try:

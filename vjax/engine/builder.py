@@ -19,6 +19,7 @@ from vjax.config.engine_args import EngineArgs
 from vjax.config.engine_config import DEFAULT_MAX_LOGPROBS, EngineConfig
 from vjax.config.generation import read_generation_config
 from vjax.engine.core import EngineCore
+from vjax.engine.grammars import make_compiler
 from vjax.engine.profiler import Profiler
 from vjax.engine.protocol import EngineInfo
 from vjax.errors import ConfigError
@@ -83,13 +84,16 @@ def build_engine(args: EngineArgs, *, with_tokenizer: bool = True) -> BuiltEngin
     generation_config = None
     if args.generation_config == "auto" and (model_dir / "generation_config.json").is_file():
         generation_config = read_generation_config(model_dir)
+
     # Before the minutes that weights and compilation take: a bad tokenizer is found at once.
-    tokenizer = None
-    needs_tokenizer = with_tokenizer or args.reasoning_config is not None
-    if needs_tokenizer and not args.skip_tokenizer_init:
-        tokenizer = load_tokenizer(
+    def load() -> Tokenizer | None:
+        if args.skip_tokenizer_init:
+            return None
+        return load_tokenizer(
             args.tokenizer, model_dir=model_dir, revision=args.revision, download_dir=args.download_dir
         )
+
+    tokenizer = load() if with_tokenizer or args.reasoning_config is not None else None
     device = platform.configure(args.gpu_memory_utilization)
     kind = platform.platform_name(device)
     device_memory = (device.memory_stats() or {}).get("bytes_limit", 0) if kind == "gpu" else 0
@@ -103,11 +107,18 @@ def build_engine(args: EngineArgs, *, with_tokenizer: bool = True) -> BuiltEngin
     )
     thinking = _thinking_ids(config.model.thinking_tags, tokenizer)
     runner, config = build_runner(config, arch, model_dir, device, thinking=thinking)
+    grammars = make_compiler(
+        load if tokenizer is None else lambda: tokenizer,
+        config,
+        vocab_size=arch.vocab_size,
+        model_eos_token_ids=arch.eos_token_ids,
+    )
     core = EngineCore(
         make_scheduler(config.scheduler, config.cache),
         runner,
         async_scheduling=config.scheduler.async_scheduling,
         profiler=Profiler(config.profiler_dir),
+        grammars=grammars,
     )
     log.info(
         "engine ready in %.1f s: %s, %s, %s mode, %d KV blocks of %d tokens",

@@ -7,16 +7,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
+
+import numpy as np
 
 from vjax.engine.control import EngineControl
 from vjax.engine.profiler import Profiler
 from vjax.errors import EngineAsleepError, EngineStepError
 from vjax.log import logger
 from vjax.messages import EngineOutput, EngineRequest, SchedulerOutput
+from vjax.request import Request
 from vjax.runner.runner import ModelRunner, StepHandle
 from vjax.scheduler.scheduler import Scheduler
 from vjax.scheduler.stats import SchedulerStats
+from vjax.structured.compiler import GrammarCompiler
+from vjax.structured.matcher import MaskFiller
 
 log = logger(__name__)
 
@@ -29,12 +35,21 @@ class EngineCore(EngineControl):
         runner: Runs it; owns the device.
         async_scheduling: Dispatch step N+1 before the tokens of step N are on the host.
         profiler: Writes profiles; None: there are none.
+        grammars: For requests with a grammar; None: there are none.
     """
 
     def __init__(
-        self, scheduler: Scheduler, runner: ModelRunner, *, async_scheduling: bool, profiler: Profiler | None = None
+        self,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        *,
+        async_scheduling: bool,
+        profiler: Profiler | None = None,
+        grammars: GrammarCompiler | None = None,
     ):
         super().__init__(scheduler, runner, self._step_overlapped if async_scheduling else self._step, profiler)
+        self.grammars = grammars
+        self._masks = MaskFiller()
         self._in_flight: deque[tuple[SchedulerOutput, StepHandle]] = deque()
 
     def _step(self) -> list[EngineOutput]:
@@ -42,29 +57,34 @@ class EngineCore(EngineControl):
         scheduled = self.scheduler.schedule()
         if not scheduled.rows:
             return []
+        early: list[EngineOutput] = []
         try:
-            output = self._execute(scheduled).result()
+            output = self._execute(scheduled, early).result()
         except EngineStepError as e:
-            return self._recover([scheduled], e)
-        return self.scheduler.update(scheduled, output)
+            return early + self._recover([scheduled], e)
+        return early + self.scheduler.update(scheduled, output)
 
     def _step_overlapped(self) -> list[EngineOutput]:
         """The same, with the next step on the device while the host waits for this one: outputs come one step late."""
         scheduled = self.scheduler.schedule()
+        early: list[EngineOutput] = []
         try:
             if scheduled.rows:
-                self._in_flight.append((scheduled, self._execute(scheduled)))
+                self._in_flight.append((scheduled, self._execute(scheduled, early)))
                 if len(self._in_flight) == 1:
-                    return []
+                    return early
             if not self._in_flight:
                 return []
-            oldest, handle = self._in_flight[0]
-            output = handle.result()
+            return self._finish_oldest()
         except EngineStepError as e:
             lost = [s for s, _ in self._in_flight]
             if scheduled.rows and scheduled not in lost:
                 lost.append(scheduled)
-            return self._recover(lost, e)
+            return early + self._recover(lost, e)
+
+    def _finish_oldest(self) -> list[EngineOutput]:
+        oldest, handle = self._in_flight[0]
+        output = handle.result()
         self._in_flight.popleft()
         return self.scheduler.update(oldest, output)
 
@@ -80,8 +100,12 @@ class EngineCore(EngineControl):
             outputs += self.scheduler.update(scheduled, output)
         return outputs
 
-    def _execute(self, scheduled: SchedulerOutput) -> StepHandle:
+    def _execute(self, scheduled: SchedulerOutput, early: list[EngineOutput]) -> StepHandle:
+        """Dispatches a step. What had to be known for that, of the steps before it, is appended to `early`."""
+        constrained = self.scheduler.constrained(scheduled)
         try:
+            if constrained:
+                return self.runner.execute(scheduled, partial(self._fill_mask, constrained, early))
             return self.runner.execute(scheduled)
         except EngineStepError:
             raise
@@ -89,6 +113,20 @@ class EngineCore(EngineControl):
             # Nothing reached the device: the requests stay as they were.
             self.scheduler.unschedule(scheduled)
             raise
+
+    def _fill_mask(self, constrained: list[tuple[int, Request]], early: list[EngineOutput], mask: np.ndarray) -> None:
+        """Leaves in the mask of a step what the grammars of its requests allow, while the device computes its forward:
+        tokens of the step before are waited for, since they decide it."""
+        while self._in_flight:
+            early += self._finish_oldest()
+        live = [(row, request) for row, request in constrained if not request.is_finished]
+        for _, request in live:
+            request.matcher.follow(request.token_ids, request.num_prompt_tokens)
+        self._masks.fill(mask, [(row, request.matcher) for row, request in live])
+        for row, request in live:
+            if error := request.matcher.error:
+                mask[row] = -1
+                early.append(self.scheduler.fail(request, f"the grammar cannot be followed any further: {error}"))
 
     def _recover(self, lost: list[SchedulerOutput], error: EngineStepError) -> list[EngineOutput]:
         """The device failed: the first lost step's requests end with an error, every other one starts over."""
@@ -98,7 +136,12 @@ class EngineCore(EngineControl):
         return self.scheduler.fail_step(lost, str(error))
 
     def add_request(self, request: EngineRequest) -> None:
-        self.scheduler.add(request)
+        """Raises: VjaxValidationError where the request can never run."""
+        matcher = None
+        if request.grammar is not None:
+            assert self.grammars is not None
+            matcher = self.grammars.matcher(request.grammar)
+        self.scheduler.add(request, matcher)
 
     def abort_requests(self, request_ids: Sequence[str]) -> list[str]:
         """Ends requests at once; returns the ids that were alive."""

@@ -56,11 +56,11 @@ class BaseLLMEngine:
         self.tokenizer: Tokenizer | None
         if envs.enable_multiprocessing(default=False):
             self._core = ProcessCore(args)
-            info, self.tokenizer = self._core.info, self._core.tokenizer
+            info, self.tokenizer, grammars = self._core.info, self._core.tokenizer, None
         else:
             built = build_engine(args)
             self._core = built.core
-            info, self.tokenizer = built.info, built.tokenizer
+            info, self.tokenizer, grammars = built.info, built.tokenizer, built.core.grammars
         self.config: EngineConfig = info.config
         #: Token ids are below it.
         self.vocab_size: int = info.vocab_size
@@ -69,6 +69,7 @@ class BaseLLMEngine:
             vocab_size=self.vocab_size,
             tokenizer=self.tokenizer,
             eos_token_ids=info.eos_token_ids,
+            grammars=grammars,
         )
         self._recorder: MetricsRecorder | None = None
         if not args.disable_log_stats:

@@ -13,12 +13,16 @@ from numbers import Integral
 from typing import Any
 
 from vjax.config.engine_config import EngineConfig
+from vjax.engine.grammars import eos_token_ids as find_eos_token_ids
+from vjax.engine.grammars import make_compiler
 from vjax.engine.tokenization import TokenizationParams
 from vjax.errors import VjaxValidationError
 from vjax.log import logger, warning_once
 from vjax.logits_processor import make_processors, request_values
 from vjax.messages import EngineRequest
 from vjax.sampling_params import SamplingParams
+from vjax.structured.compiler import GrammarCompiler
+from vjax.structured.grammar import grammar_text, refused
 from vjax.text.tokenizer import Tokenizer
 
 #: Tokens of all bad words of a request, spelled with and without a space before them.
@@ -58,6 +62,7 @@ class InputProcessor:
         vocab_size: int,
         tokenizer: Tokenizer | None,
         eos_token_ids: Sequence[int] = (),
+        grammars: GrammarCompiler | None = None,
     ):
         """
         Args:
@@ -65,6 +70,8 @@ class InputProcessor:
             tokenizer: None: prompts must be token ids.
             eos_token_ids: The model's own, from config.json. The first one is used where there is no tokenizer, or the
                 tokenizer has no EOS.
+            grammars: The compiler of the core that gets the requests; None: one of its own, where the core is in
+                another process.
         """
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
@@ -74,11 +81,11 @@ class InputProcessor:
         self._can_end_thinking = config.model.thinking_tags is not None
         self._has_priorities = config.scheduler.policy == "priority"
         self._defaults = config.model.default_sampling_params
-        eos = tokenizer.eos_token_id if tokenizer is not None else None
-        if eos is None and eos_token_ids:
-            eos = eos_token_ids[0]
-        self.eos_token_id: int | None = eos
-        self._extra_eos_token_ids = tuple(i for i in config.model.generation_eos_token_ids if i != eos)
+        self._grammars = grammars or make_compiler(
+            lambda: tokenizer, config, vocab_size=vocab_size, model_eos_token_ids=eos_token_ids
+        )
+        self.eos_token_id, self._extra_eos_token_ids = find_eos_token_ids(tokenizer, config, eos_token_ids)
+        eos = self.eos_token_id
         self._eos_token_ids = self._extra_eos_token_ids if eos is None else (eos, *self._extra_eos_token_ids)
         # Seeds of requests that bring none: reproducible for equal calls on engines of equal seed.
         self._seeds = random.Random(config.model.seed)
@@ -120,6 +127,7 @@ class InputProcessor:
         complete = self._complete_params(params, len(token_ids))
         bad_words = self._bad_words(complete)
         processor_values = self._processor_values(complete)
+        grammar = self._grammar(complete)
         requests = [
             EngineRequest(
                 request_id=child_id,
@@ -132,6 +140,7 @@ class InputProcessor:
                 cache_salt=salt,
                 bad_words_token_ids=bad_words,
                 processor_values=processor_values,
+                grammar=grammar,
             )
             for child_id, child_params in _expand(request_id, complete)
         ]
@@ -309,6 +318,17 @@ class InputProcessor:
             allowed = f"are {count} tokens; at most {MAX_BAD_WORDS_TOKENS} are allowed"
             raise _error("bad_words", params.bad_words, allowed)
         return tuple(dict.fromkeys(words))
+
+    def _grammar(self, params: SamplingParams) -> str | None:
+        asked = params.structured_outputs
+        if asked is None:
+            return None
+        text = grammar_text(asked, self._tokenizer.all_special_tokens if self._tokenizer is not None else ())
+        try:
+            self._grammars.matcher(text)
+        except VjaxValidationError as e:
+            raise refused(asked, e) from e
+        return text
 
     def _check_num_masked(self, params: SamplingParams) -> None:
         masked = {*(params.stop_token_ids or ()), *self._eos_token_ids}

@@ -179,6 +179,7 @@ class _WireRequest(msgspec.Struct, array_like=True, gc=False):
     ignored_eos_token_ids: tuple[int, ...]
     bad_words_token_ids: tuple[tuple[int, ...], ...]
     processor_values: tuple[float, ...]
+    grammar: str | None
     #: Whether the scheduler has to note what becomes of it.
     metrics: bool
 
@@ -191,7 +192,7 @@ class _Pickled(msgspec.Struct, array_like=True, tag=3):
     data: bytes
 
 
-#: Sampling parameters of the text, which stays in the front end.
+#: Sampling parameters of the text, which stays in the front end; of some the request has what the core needs.
 FRONT_PARAMS = frozenset(
     {
         "bad_words",
@@ -204,6 +205,7 @@ FRONT_PARAMS = frozenset(
         "spaces_between_special_tokens",
         "stop",
         "stream_interval",
+        "structured_outputs",
     }
 )
 _DEFAULT_PARAMS = SamplingParams()
@@ -228,6 +230,7 @@ def _to_wire(request: EngineRequest) -> _WireRequest:
         tuple(request.ignored_eos_token_ids),
         request.bad_words_token_ids,
         request.processor_values,
+        request.grammar,
         request.metrics is not None,
     )
 
@@ -249,6 +252,7 @@ def _from_wire(request: _WireRequest) -> EngineRequest:
         ignored_eos_token_ids=request.ignored_eos_token_ids,
         bad_words_token_ids=request.bad_words_token_ids,
         processor_values=request.processor_values,
+        grammar=request.grammar,
     )
 
 

@@ -92,6 +92,10 @@ class Executables:
         capable = (b for b in self._sample_buckets if b.variant >= variant and b.num_rows >= num_rows)
         return self._serve(next(capable))
 
+    def mask_rows(self, num_rows: int, features: Feature) -> int:
+        """Rows of the program that `sample_for` gives for these features."""
+        return feature_bucket(self.buckets.sample, num_rows, features).num_rows
+
     def update(self, name: str) -> Any:
         """ "write_rows", "write_masked_ids" or "write_processors"."""
         return self._serve(name)

@@ -84,7 +84,7 @@ def feature_bucket(sizes: Sequence[int], num_rows: int, features: Feature) -> Sa
 def all_keys(buckets: Buckets) -> list[Key]:
     """Every program of an engine, those that take longest to compile first, but those that the first request with such
     a feature brings: `feature_bucket`'s, "write_processors", `ScoreBucket`s and forwards that keep hidden states. Of
-    sample programs of one size the greedy one comes long before the others, which then find the head's product tuned."""
+    sample programs of a size the greedy one comes long before the others, which then find the head's product tuned."""
     samples = sample_buckets(buckets.sample)[::-1]
     greedy = [key for key in samples if key.variant == Variant.GREEDY]
     return [*greedy, *buckets.mixed[::-1], *buckets.decode[::-1], *(k for k in samples if k not in greedy), *UPDATES]
@@ -121,10 +121,13 @@ def make_program(step: Step, key: Key, mesh: Mesh | None) -> Program:
         head_leaves = leaves(model.head_leaf_names)
         if key.features:
 
-            def sample_with_features(head, rows, state):
-                return step.sample_with_features(key.num_rows, key.features, head, rows, state)
+            def sample_with_features(head, rows, state, *mask):
+                return step.sample_with_features(key.num_rows, key.features, head, rows, state, *mask)
 
-            return Program("sample_with_features", sample_with_features, (1,), (head_leaves, rows, processors))
+            arguments = (head_leaves, rows, processors)
+            if Feature.MASK in key.features:
+                arguments += (placed(step.mask_spec(key.num_rows), (None, None)),)
+            return Program("sample_with_features", sample_with_features, (1,), arguments)
 
         def sample(head, rows):
             return step.sample(key.num_rows, key.variant, head, rows)

@@ -29,6 +29,9 @@ from vjax.sample.sampler import GREEDY_TEMPERATURE, NO_FEATURES, Feature, Varian
 
 _VARIANT_BITS = 2
 
+#: Clears the bits of tokens that may not be drawn, for the sampling rows of a step, in their order.
+FillMask = Callable[[np.ndarray], None]
+
 
 @dataclass(slots=True)
 class StepHandle:
@@ -188,8 +191,13 @@ class ModelRunner:
                 self._run_empty(key, compiled)
         jax.block_until_ready(self._rows)
 
-    def execute(self, scheduled: SchedulerOutput) -> StepHandle:
+    def execute(self, scheduled: SchedulerOutput, fill_mask: FillMask | None = None) -> StepHandle:
         """Dispatches one step and returns at once.
+
+        Args:
+            fill_mask: Given where a row that samples has a grammar. Called when the forward is on its way to the
+                device, with a mask of ones, i32 [at least num_sampled, mask_width(vocab_size)]. It may wait for the
+                steps before this one.
 
         Raises:
             EngineStepError: The dispatch failed; the device state is lost and `reset` is due.
@@ -211,9 +219,13 @@ class ModelRunner:
             tokens, all_logprobs = None, []
             if sample is not None:
                 state = (self._processor_state(),) if features else ()
+                if fill_mask is not None:
+                    state += (self._filled_mask(scheduled.num_sampled, features, fill_mask),)
                 self._rows, tokens, *all_logprobs = sample(self._head, self._rows, *state)
                 for result in (tokens, *all_logprobs):
                     result.copy_to_host_async()
+        except EngineStepError:
+            raise
         except (jax.errors.JaxRuntimeError, RuntimeError) as e:
             raise EngineStepError(f"step {scheduled.step_id} could not be dispatched: {e}") from e
         layout = self.step.logprobs_layout if features & Feature.LOGPROBS else None
@@ -250,6 +262,18 @@ class ModelRunner:
             if has_processor_state(init):
                 buffer = self.step.processor_layout.pack(init)
                 self._processors = self.executables.update("write_processors")(self._processor_state(), buffer)
+
+    def _filled_mask(self, num_sampled: int, features: Feature, fill_mask: FillMask) -> np.ndarray:
+        assert Feature.MASK in features, features
+        # A new one in every step: on the CPU the device reads it in place.
+        mask = np.full(self.step.mask_spec(self.executables.mask_rows(num_sampled, features)).shape, -1, np.int32)
+        try:
+            fill_mask(mask)
+        except EngineStepError:
+            raise
+        except Exception as e:  # the forward has run: the step cannot be taken back
+            raise EngineStepError(f"the mask of a step could not be filled: {type(e).__name__}: {e}") from e
+        return mask
 
     def _score(self, scheduled: SchedulerOutput, hidden: jax.Array) -> list[Scores]:
         layout = self.step.logprobs_layout
@@ -305,7 +329,9 @@ class ModelRunner:
             hidden = np.zeros((key.num_tokens, arch.hidden_size), self.step.model.dtype)
             compiled(self._head, hidden, np.zeros((2, SCORED_TOKENS), np.int32))
         elif isinstance(key, SampleBucket) and key.features:
-            self._rows, *_ = compiled(self._head, self._rows, self._processor_state())
+            spec = self.step.mask_spec(key.num_rows)
+            mask = (np.zeros(spec.shape, spec.dtype),) if Feature.MASK in key.features else ()
+            self._rows, *_ = compiled(self._head, self._rows, self._processor_state(), *mask)
         else:
             self._rows, _ = compiled(self._head, self._rows)
 
@@ -331,6 +357,8 @@ def row_features(init: RowInit, num_top: int) -> Feature:
         features |= Feature.LOGPROBS
         if p.logprobs is not None and not 0 <= p.logprobs <= num_top:
             features |= Feature.ALL_LOGPROBS
+    if init.has_grammar:
+        features |= Feature.MASK
     return features
 
 

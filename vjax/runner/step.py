@@ -2,7 +2,7 @@
 
     forward(leaves, kv, rows, packed) -> (kv, rows, done)      bucketed by tokens
     sample(head_leaves, rows)         -> (rows, token_ids [R]) bucketed by rows and variant
-    sample_with_features(head_leaves, rows, processors) -> (rows, packed result), for requests that ask for more
+    sample_with_features(head_leaves, rows, processors, mask?) -> (rows, packed result), for requests that ask for more
     score(head_leaves, hidden, packed) -> packed result, log probabilities of a prompt
 
 `kv` and `rows` are donated: both functions update them in place. What the host alone knows arrives in `packed`; what
@@ -23,7 +23,7 @@ from pallas_kernels import plan_attention
 from vjax.config.engine_config import DEFAULT_MAX_LOGPROBS
 from vjax.errors import ConfigError
 from vjax.logits_processor import LogitsProcessor, num_columns
-from vjax.messages import StepLogprobs
+from vjax.messages import StepLogprobs, mask_width
 from vjax.models.decoder import AttentionMetadata
 from vjax.models.functional import FunctionalModel
 from vjax.runner.buckets import ForwardBucket
@@ -32,7 +32,7 @@ from vjax.runner.processor_state import MAX_LOGPROB_TOKEN_IDS, ProcessorLayout, 
 from vjax.runner.rows import RowState, apply_updates, row_state_specs, sampling_column
 from vjax.sample import processors
 from vjax.sample.logprobs import TokenLogprobs, token_logprobs
-from vjax.sample.sampler import Feature, Variant, sample_tokens
+from vjax.sample.sampler import Feature, Variant, mask_ids, sample_tokens
 
 #: Prompt tokens that one call of `score` looks at.
 SCORED_TOKENS = 256
@@ -103,6 +103,10 @@ class Step:
 
     def processor_specs(self) -> ProcessorState:
         return self.processor_layout.specs(self.geometry.max_num_seqs)
+
+    def mask_spec(self, num_rows: int) -> jax.ShapeDtypeStruct:
+        """Of the mask that MASK programs of so many rows take."""
+        return jax.ShapeDtypeStruct((num_rows, mask_width(self.model.arch.vocab_size)), jnp.int32)
 
     @property
     def logprobs_layout(self) -> LogprobsLayout:
@@ -207,9 +211,19 @@ class Step:
         return rows, tokens
 
     def sample_with_features(
-        self, num_rows: int, features: Feature, head_leaves: tuple, rows: RowState, state: ProcessorState
+        self,
+        num_rows: int,
+        features: Feature,
+        head_leaves: tuple,
+        rows: RowState,
+        state: ProcessorState,
+        mask: jax.Array | None = None,
     ):
-        """As `sample`, with processors and log probabilities as `features` says.
+        """As `sample`, with a mask, processors and log probabilities as `features` says. "Raw" logits and log
+        probabilities are those behind the mask, as in vLLM.
+
+        Args:
+            mask: With MASK: of `mask_spec`, see `processors.keep_allowed`; all bits set for rows without a grammar.
 
         Returns:
             rows with `last_token` written; the tokens i32 [num_rows], or with LOGPROBS a `LogprobsLayout` i32
@@ -217,7 +231,9 @@ class Step:
         """
         raw = logits = self.model.logits(head_leaves, rows.hidden[:num_rows])
         row_ids = rows.sampled_rows[:num_rows]
-        min_position = None
+        min_position = sampling_column(rows, row_ids, "min_position")
+        if mask is not None:
+            raw = logits = processors.keep_allowed(logits, mask, row_ids >= 0)
         if features & (Feature.PROCESSORS | Feature.CUSTOM | Feature.THINKING):
             history = self._history(rows, row_ids)
             if Feature.PROCESSORS in features:
@@ -226,6 +242,8 @@ class Step:
                 logits = self._process_custom(rows, state, logits, history)
             if Feature.THINKING in features:
                 logits, min_position = self._end_thinking(rows, state, logits, history)
+        if mask is not None:
+            logits, min_position = self._grammar_first(rows, raw, logits, min_position)
         rows, tokens, final = self._draw(Variant.FULL, rows, logits, min_position)
         if Feature.LOGPROBS not in features:
             return rows, tokens
@@ -254,6 +272,19 @@ class Step:
 
     def _logprob_values(self, logits: jax.Array) -> jax.Array:
         return jax.nn.log_softmax(logits, axis=-1) if self.geometry.logprobs_mode.endswith("logprobs") else logits
+
+    @staticmethod
+    def _grammar_first(rows: RowState, allowed: jax.Array, logits: jax.Array, min_position: jax.Array):
+        """Where processors and min_tokens leave nothing of what a grammar allows, such as EOS alone, the grammar has
+        its way: the text is complete and can only end.
+
+        Returns:
+            The logits to draw from and the position from which EOS may be drawn.
+        """
+        row_ids = rows.sampled_rows[: logits.shape[0]]
+        left = mask_ids(logits, rows.masked_ids[row_ids], rows.num_computed[row_ids] < min_position)
+        some_left = (left > -jnp.inf).any(axis=1)
+        return jnp.where(some_left[:, None], logits, allowed), jnp.where(some_left, min_position, 0)
 
     def _draw(self, variant: Variant, rows: RowState, logits: jax.Array, min_position: jax.Array | None = None):
         """Rows with the tokens written, the tokens, and the logits that they were drawn from.

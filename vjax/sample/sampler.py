@@ -44,6 +44,8 @@ class Feature(enum.IntFlag):
     THINKING = 8
     #: Logits processors of the engine's user.
     CUSTOM = 16
+    #: The tokens that grammars allow.
+    MASK = 32
 
 
 NO_FEATURES = Feature(0)

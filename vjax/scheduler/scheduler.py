@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from vjax.config.cache import CacheConfig
 from vjax.config.scheduler import SchedulerConfig
@@ -55,17 +56,21 @@ class Scheduler:
 
     # Requests in and out
 
-    def add(self, request: EngineRequest) -> None:
+    def add(self, request: EngineRequest, matcher: Any = None) -> None:
         """Queues a request.
+
+        Args:
+            matcher: Its `Request.matcher`.
 
         Raises:
             VjaxValidationError: The id is in use, or the request could not run even if it were alone.
         """
         self._validate(request)
-        added = Request.from_engine_request(request, self._config.max_model_len)
+        added = Request.from_engine_request(request, self._config.max_model_len, matcher)
         added.sequence_number = self._num_added
         self._num_added += 1
         self._state.requests[added.request_id] = added
+        self._state.num_constrained += matcher is not None
         self._state.waiting.add(added)
 
     def abort(self, request_ids: Iterable[str]) -> list[str]:
@@ -83,6 +88,12 @@ class Scheduler:
     def set_admission(self, admits: bool) -> None:
         """False: running requests go on, and no waiting one starts."""
         self._state.admits = admits
+
+    def fail(self, request: Request, error: str) -> EngineOutput:
+        """Ends one request, which lives, with finish_reason "error"; tokens still in flight for it are dropped."""
+        self._state.finish(request, "error")
+        self._state.drop_finished()
+        return EngineOutput(request.request_id, [], "error", None, request.num_cached_tokens or 0, error)
 
     # Steps
 
@@ -141,6 +152,13 @@ class Scheduler:
         if num_finished:
             state.drop_finished()
         return outputs
+
+    def constrained(self, scheduled: SchedulerOutput) -> list[tuple[int, Request]]:
+        """Requests that sample in a step in flight and have a matcher, ended ones too, and where they are in it."""
+        if not self._state.num_constrained:
+            return []
+        requests = self._state.in_flight[scheduled.step_id].sampling_requests()
+        return [(i, request) for i, request in enumerate(requests) if request.matcher is not None]
 
     def unschedule(self, scheduled: SchedulerOutput) -> None:
         """Takes back the latest step, which was never dispatched; nothing else may have been called since `schedule`.

@@ -36,6 +36,8 @@ class SchedulerState:
         self.stats = SchedulerStats()
         #: False: what waits goes on waiting.
         self.admits = True
+        #: Live requests with a matcher.
+        self.num_constrained = 0
 
     def start(self, request: Request, num_cached_tokens: int) -> None:
         """Waiting (and already popped from the queue) to running; its cached blocks are held already."""
@@ -72,6 +74,7 @@ class SchedulerState:
         request.finish_reason = reason
         request.stop_reason = stop_reason
         del self.requests[request.request_id]
+        self.num_constrained -= request.matcher is not None
 
     def drop_finished(self) -> None:
         """Removes finished requests from where they ran or waited, in one pass."""
@@ -97,6 +100,8 @@ class SchedulerState:
         assert len(live) == len(running) + len(waiting), "a request is in two places"
         assert live == {id(request) for request in self.requests.values()}, "a live request is nowhere"
         assert all(request.request_id == key for key, request in self.requests.items())
+
+        assert self.num_constrained == sum(request.matcher is not None for request in self.requests.values())
 
         rows = [request.row for request in running]
         assert sorted(rows + self.free_rows) == list(range(1, self.config.max_num_seqs + 1)), "rows are lost or shared"

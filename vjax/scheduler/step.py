@@ -154,4 +154,5 @@ class StepBuilder:
             masked_token_ids=tuple(sorted(masked)),
             bad_words_token_ids=request.bad_words_token_ids,
             processor_values=request.processor_values,
+            has_grammar=request.matcher is not None,
         )

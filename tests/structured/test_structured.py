@@ -1,0 +1,179 @@
+"""Grammars and masks without an engine: what is asked for, and which tokens it leaves."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from vjax import SamplingParams, StructuredOutputsParams, VjaxValidationError
+from vjax.messages import mask_width
+from vjax.structured.compiler import GrammarCompiler
+from vjax.structured.grammar import closed, grammar_text
+from vjax.structured.matcher import MaskFiller
+from vjax.text.load import load_tokenizer
+
+EOS = (0, 1)
+VOCAB_SIZE = 4096 + 7  # ids without a token behind the tokenizer's
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("vjax-tiny")
+
+
+@pytest.fixture(scope="module")
+def compiler(tokenizer):
+    return GrammarCompiler(lambda: tokenizer, vocab_size=VOCAB_SIZE, eos_token_ids=lambda _: EOS)
+
+
+def allowed(compiler, *sequences: tuple[StructuredOutputsParams | None, list[int]]) -> list[set[int]]:
+    """What may follow the ids in each grammar, all in one mask; None is a row without one."""
+    mask = np.full((len(sequences), mask_width(VOCAB_SIZE)), -1, np.int32)
+    matchers = []
+    for row, (params, ids) in enumerate(sequences):
+        if params is not None:
+            matcher = compiler.matcher(grammar_text(params))
+            prompt = [7, 8, 9]
+            for end in range(len(ids) + 1):
+                matcher.follow([*prompt, *ids[:end]], len(prompt))
+            assert matcher.error == ""
+            matchers.append((row, matcher))
+    MaskFiller().fill(mask, matchers)
+    bits = np.unpackbits(mask.view(np.uint8), axis=1, bitorder="little")[:, :VOCAB_SIZE]
+    return [set(np.flatnonzero(row).tolist()) for row in bits]
+
+
+def test_masks_of_choices(compiler, tokenizer):
+    """Allowed is what continues one of the texts, and EOS behind a whole one; where only one text is left, its next
+    token as the tokenizer writes it."""
+    choices = ["self.name", "self", "return x", "set"]
+    params = StructuredOutputsParams(choice=choices)
+    texts = [tokenizer.decode([i], skip_special_tokens=False) for i in range(4096)]
+
+    def wanted(done: str) -> set[int]:
+        ids = {i for i, t in enumerate(texts) if i not in EOS and t and any(c.startswith(done + t) for c in choices)}
+        ids |= set(EOS) if done in choices else set()
+        left = [c for c in choices if c.startswith(done)]
+        if len(left) == 1 and left != [done]:
+            ids &= set(tokenizer.encode(left[0], add_special_tokens=False))
+        return ids
+
+    cases = ["", "s", "self", "self.", "self.name", "return", "set"]
+    found = allowed(compiler, *[(params, tokenizer.encode(c, add_special_tokens=False)) for c in cases], (None, []))
+    assert found == [*map(wanted, cases), set(range(VOCAB_SIZE))]
+    assert len(found[0]) > 5 and found[4] == set(EOS) < found[2] and len(found[3]) == len(found[5]) == 1
+
+
+def test_a_text_that_ended_has_nothing_but_eos(compiler, tokenizer):
+    """With ignore_eos there are steps behind it."""
+    ids = tokenizer.encode("ab", add_special_tokens=False)
+    params = StructuredOutputsParams(regex="(ab)+")
+    assert allowed(compiler, (params, [*ids, 0]), (params, [*ids, 1, 1, 0])) == [set(EOS)] * 2
+
+
+def test_a_token_out_of_the_grammar_is_an_error_of_its_matcher(compiler):
+    grammar = grammar_text(StructuredOutputsParams(choice=["yes"]))
+    one, other = compiler.matcher(grammar), compiler.matcher(grammar)
+    one.follow([300, 301], 0)
+    assert one.error and not other.error
+
+
+@pytest.mark.parametrize(
+    ("fields", "texts"),
+    [
+        ({}, ["has no kind", "exactly one of json, regex, choice, grammar, json_object, structural_tag"]),
+        ({"json_object": False}, ["has no kind"]),
+        ({"regex": "a", "choice": ["a"]}, ["has regex and choice", "exactly one"]),
+        ({"json": "{"}, ["json='{'", "is not JSON", "as a mapping or as JSON text"]),
+        ({"json": "[1]"}, ["json=[1]", "must be a JSON schema"]),
+        ({"json": {"const": {1, 2}}}, ["cannot be written as JSON"]),
+        ({"regex": ""}, ["regex=''", "must be a text that is not empty"]),
+        ({"grammar": 3}, ["grammar=3", "must be a text"]),
+        ({"choice": []}, ["choice=[]", "at least one text"]),
+        ({"choice": "yes"}, ["choice='yes'", "list of at least one text"]),
+        ({"json_object": "yes"}, ["json_object='yes'", "True, False or None"]),
+        ({"regex": "a", "disable_any_whitespace": 1}, ["disable_any_whitespace=1", "True or False"]),
+        ({"json": {}, "whitespace_pattern": 3}, ["whitespace_pattern=3", "regular expression"]),
+        ({"json": {}, "whitespace_pattern": " ", "disable_any_whitespace": True}, ["' '", "contradicts"]),
+        ({"structural_tag": {"structures": []}}, ["structural_tag", '"triggers": [text]', "at least one of each"]),
+        (
+            {"structural_tag": {"structures": [{"begin": "<a>", "end": ""}], "triggers": ["<b"]}},
+            ["'<a>'", "none of the triggers ['<b']"],
+        ),
+        ({"structural_tag": {"structures": [{"begin": "<a>"}], "triggers": ["<a"]}}, ["{'begin': '<a>'}", "structure"]),
+        ({"jsn": {}}, ["{'jsn': {}}", "a mapping with json, regex"]),
+    ],
+)
+def test_bad_parameters(fields, texts):
+    with pytest.raises(VjaxValidationError) as e:
+        SamplingParams(structured_outputs=fields)
+    assert all(text in str(e.value) for text in texts), str(e.value)
+
+
+def test_parameters():
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    given = StructuredOutputsParams(json=schema)
+    assert given == StructuredOutputsParams(json=json.dumps(schema)) and given.kind == "json"
+    params = SamplingParams(structured_outputs={"json": schema})
+    assert params.structured_outputs == given and params.clone() == params
+    schema["type"] = "array"
+    assert given.json["type"] == "object"
+    assert "regex='a+'" in repr(SamplingParams(structured_outputs={"regex": "a+"}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"regex": "(a"}, "unclosed group"),
+        ({"json": {"type": "strin"}}, "Invalid type: strin"),
+        ({"json": {"type": "array", "uniqueItems": True}}, "uniqueItems"),
+        ({"grammar": "start: missing"}, "missing"),
+        ({"grammar": "root ::= ("}, "Expected"),
+        ({"choice": ["\ud800"]}, "hex escape"),
+        ({"regex": "\ud800"}, "surrogates not allowed"),
+    ],
+)
+def test_bad_grammars(compiler, fields, text):
+    with pytest.raises(ValueError, match=text):
+        compiler.matcher(grammar_text(StructuredOutputsParams(**fields)))
+
+
+def test_compiled_grammars_are_kept_and_shared(tokenizer, monkeypatch):
+    from vjax.structured import compiler as module
+
+    monkeypatch.setattr(module, "_MAX_KEPT", 2)
+    loads, compiles = [], []
+    compiler = GrammarCompiler(lambda: loads.append(0) or tokenizer, vocab_size=VOCAB_SIZE, eos_token_ids=lambda _: EOS)
+    compile_ = compiler._compile
+    monkeypatch.setattr(compiler, "_compile", lambda grammar: compiles.append(grammar) or compile_(grammar))
+    a, b, c = (grammar_text(StructuredOutputsParams(choice=[text])) for text in "abc")
+    for grammar in (a, b, a, c, a, b):
+        compiler.matcher(grammar)
+    assert compiles == [a, b, c, b] and len(loads) == 1
+
+
+def test_closed():
+    """Names of properties are no keywords, values are no schemas."""
+    inner = {"properties": {"b": {"type": "null"}}}
+    schema = {
+        "properties": {"properties": inner, "open": {**inner, "additionalProperties": True}},
+        "anyOf": [inner, {"enum": [inner]}],
+    }
+    shut = {**inner, "additionalProperties": False}
+    assert closed(schema) == {
+        "properties": {"properties": shut, "open": {**inner, "additionalProperties": True}},
+        "anyOf": [shut, {"enum": [inner]}],
+        "additionalProperties": False,
+    }
+
+
+def test_without_a_tokenizer_that_can_be_used():
+    for load, ends, text in [
+        (lambda: None, EOS, "skip_tokenizer_init=True"),
+        (lambda: load_tokenizer("vjax-tiny"), (), "EOS token"),
+    ]:
+        compiler = GrammarCompiler(load, vocab_size=VOCAB_SIZE, eos_token_ids=lambda _, ends=ends: ends)
+        with pytest.raises(VjaxValidationError, match=text):
+            compiler.matcher(grammar_text(StructuredOutputsParams(choice=["a"])))

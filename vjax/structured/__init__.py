@@ -1,0 +1,1 @@
+"""Structured output: which tokens keep a completion within its grammar."""

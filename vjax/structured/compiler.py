@@ -1,0 +1,96 @@
+"""Grammars ready to be followed: compiled once for the model's tokens, copied for each request."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from vjax.errors import VjaxValidationError
+from vjax.messages import mask_width
+from vjax.structured.matcher import GrammarMatcher
+from vjax.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+#: Compiled grammars that are kept, those used last.
+_MAX_KEPT = 64
+
+
+class GrammarCompiler:
+    """Makes matchers from grammars of `grammar_text`. Safe to use from several threads.
+
+    Args:
+        load: The model's tokenizer; called when the first grammar comes.
+        vocab_size: Of the model.
+        eos_token_ids: Given the tokenizer, the tokens that end a text; any of them may be drawn where the grammar may
+            end, and nowhere else.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Tokenizer | None],
+        *,
+        vocab_size: int,
+        eos_token_ids: Callable[[Tokenizer], Sequence[int]],
+    ):
+        self._load = load
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        self._loading = threading.Lock()
+        self._tokens: LLTokenizer | None = None
+        #: Guards what follows, and is never held for long: a grammar may take a second to compile.
+        self._lock = threading.Lock()
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+
+    def matcher(self, grammar: str) -> GrammarMatcher:
+        """At the beginning of a text.
+
+        Raises:
+            VjaxValidationError: llguidance refuses the grammar, or the engine has no tokenizer that it can use.
+        """
+        with self._lock:
+            known = self._compiled.get(grammar)
+        compiled = known or self._compile(grammar)
+        with self._lock:
+            self._compiled[grammar] = compiled
+            self._compiled.move_to_end(grammar)
+            if len(self._compiled) > _MAX_KEPT:
+                self._compiled.popitem(last=False)
+            return GrammarMatcher(compiled.deep_copy())
+
+    def _compile(self, grammar: str) -> LLMatcher:
+        from llguidance import LLMatcher
+
+        with self._loading:
+            if self._tokens is None:
+                self._tokens = self._load_tokens()
+        matcher = LLMatcher(self._tokens, grammar, log_level=0)
+        if matcher.is_error():
+            raise _error(matcher.get_error())
+        return matcher
+
+    def _load_tokens(self) -> LLTokenizer:
+        from llguidance import LLTokenizer
+
+        tokenizer = self._load()
+        if tokenizer is None:
+            raise _error("it needs a tokenizer, and the engine was created with skip_tokenizer_init=True")
+        if not tokenizer.is_fast:
+            raise _error("it needs a tokenizer with tokenizer.json, and the model's is one that transformers runs")
+        eos = list(self._eos_token_ids(tokenizer))
+        if not eos:
+            raise _error("it needs an EOS token, by which a completion ends, and the model has none")
+        size = max(self._vocab_size, len(tokenizer))
+        if mask_width(size) != mask_width(self._vocab_size):
+            raise _error(f"the tokenizer has {size} tokens, and the model {self._vocab_size}")
+        try:
+            return LLTokenizer(tokenizer.backend.to_str(), n_vocab=size, eos_token=eos)
+        except ValueError as e:
+            raise _error(f"llguidance cannot use the model's tokenizer: {e}") from e
+
+
+def _error(what: str) -> VjaxValidationError:
+    return VjaxValidationError(what, parameter="structured_outputs")
