@@ -315,6 +315,9 @@ class SamplingParams:
         self.extra_args = dict(self.extra_args) if self.extra_args else None
         if self.structured_outputs is not None:
             self.structured_outputs = StructuredOutputsParams.from_value(self.structured_outputs)
+            if self.thinking_token_budget is not None:
+                what = "must be None with structured_outputs: a grammar holds from the first token of the output on"
+                raise _error("thinking_token_budget", self.thinking_token_budget, what)
 
     def _make_greedy(self) -> None:
         if self.n > 1:
