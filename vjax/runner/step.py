@@ -32,7 +32,7 @@ from vjax.runner.processor_state import MAX_LOGPROB_TOKEN_IDS, ProcessorLayout, 
 from vjax.runner.rows import RowState, apply_updates, row_state_specs, sampling_column
 from vjax.sample import processors
 from vjax.sample.logprobs import TokenLogprobs, token_logprobs
-from vjax.sample.sampler import Feature, Variant, mask_ids, sample_tokens
+from vjax.sample.sampler import Feature, Variant, sample_tokens
 
 #: Prompt tokens that one call of `score` looks at.
 SCORED_TOKENS = 256
@@ -282,8 +282,11 @@ class Step:
             The logits to draw from and the position from which EOS may be drawn.
         """
         row_ids = rows.sampled_rows[: logits.shape[0]]
-        left = mask_ids(logits, rows.masked_ids[row_ids], rows.num_computed[row_ids] < min_position)
-        some_left = (left > -jnp.inf).any(axis=1)
+        # Counted, not masked: min_tokens' ids are few, and no two of a row are the same.
+        ids = rows.masked_ids[row_ids]
+        taken = jnp.take_along_axis(logits, ids, axis=1, mode="fill", fill_value=-jnp.inf) > -jnp.inf
+        taken &= (rows.num_computed[row_ids] < min_position)[:, None]
+        some_left = (logits > -jnp.inf).sum(axis=1) > taken.sum(axis=1)
         return jnp.where(some_left[:, None], logits, allowed), jnp.where(some_left, min_position, 0)
 
     def _draw(self, variant: Variant, rows: RowState, logits: jax.Array, min_position: jax.Array | None = None):
