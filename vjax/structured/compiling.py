@@ -28,7 +28,7 @@ class Compilations:
     def __init__(self, compiler: GrammarCompiler | None):
         self._compiler = compiler
         self.on_done: Callable[[], None] = lambda: None
-        self._threads = ThreadPoolExecutor(min(_MAX_THREADS, max((os.cpu_count() or 1) // 2, 1)), "vjax-grammar")
+        self._threads = ThreadPoolExecutor(min(_MAX_THREADS, ((os.cpu_count() or 1) + 1) // 2), "vjax-grammar")
         self._waiting: dict[str, list[Request]] = {}
         self._done: queue.SimpleQueue[tuple[str, GrammarMatcher | Exception]] = queue.SimpleQueue()
 
