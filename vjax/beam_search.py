@@ -9,7 +9,7 @@ prompt share its KV blocks, and those of what they have in common, through the p
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,6 @@ from vjax.errors import VjaxValidationError
 from vjax.logprobs import Logprob
 from vjax.outputs import CompletionOutput
 from vjax.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
-from vjax.text.tokenizer import Tokenizer
 
 
 @dataclass(slots=True)
@@ -145,23 +144,26 @@ class BeamSearch:
         self._completed = heapq.nlargest(self._params.beam_width, [*self._completed, *self.beams], key=self._score)
         self.beams = []
 
-    def output(self, tokenizer: Tokenizer | None) -> BeamSearchOutput:
-        """The result, with texts where there is a tokenizer. The search is over."""
+    def output(self, decode: Callable[..., str] | None) -> BeamSearchOutput:
+        """The result. The search is over.
+
+        Args:
+            decode: The tokenizer's method; None: sequences get no texts.
+        """
         assert not self.beams
-        if tokenizer is not None:
+        if decode is not None:
             for sequence in self._completed:
-                self._decode(sequence, tokenizer)
+                self._add_texts(sequence, decode)
         return BeamSearchOutput(self._completed)
 
-    def _decode(self, sequence: BeamSearchSequence, tokenizer: Tokenizer) -> None:
-        """Fills in the texts."""
+    def _add_texts(self, sequence: BeamSearchSequence, decode: Callable[..., str]) -> None:
         hides_last = sequence.finish_reason == "stop" and not self._params.include_stop_str_in_output
         shown = sequence.tokens[: -1 if hides_last else None]
-        sequence.text = tokenizer.decode(shown, skip_special_tokens=self._params.skip_special_tokens)
+        sequence.text = decode(shown, skip_special_tokens=self._params.skip_special_tokens)
         for entry in sequence.logprobs:
             for token_id, logprob in entry.items():
                 if logprob.decoded_token is None:
-                    logprob.decoded_token = tokenizer.decode([token_id], skip_special_tokens=False)
+                    logprob.decoded_token = decode([token_id], skip_special_tokens=False)
 
     def _continued(
         self, i: int, token_id: int, total: float, candidates: Sequence[dict[int, Logprob]]

@@ -227,7 +227,8 @@ class LLM:
             for search, _ in running:
                 search.take([next(results).outputs[0] for _ in search.beams])
                 progress.update(not search.beams)
-        return [search.output(engine.tokenizer) for search in searches]
+        decode = None if engine.tokenizer is None else engine.tokenizer.decode
+        return [search.output(decode) for search in searches]
 
     def _chat_prompts(self, conversations: Sequence[Any], options: Mapping[str, Any]) -> list[dict[str, Any]]:
         """A prompt per conversation."""

@@ -222,7 +222,7 @@ class AsyncLLM:
         finally:
             with self._lock:
                 del self._searches[request_id]
-        return search.output(self.tokenizer)
+        return search.output(None if self.tokenizer is None else self.tokenizer.decode)
 
     async def _run_beams(
         self, request_id: str, record: _Search, prompts: Sequence[Prompt], params: SamplingParams
