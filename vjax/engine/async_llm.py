@@ -245,9 +245,10 @@ class AsyncLLM:
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """Ends requests and beam searches. Their callers get a last output with what there is, finish_reason "abort".
         Unknown and finished ids are ignored."""
+        given = [request_id] if isinstance(request_id, str) else list(request_id)
         request_ids: list[str] = []
         with self._lock:
-            for each in [request_id] if isinstance(request_id, str) else request_id:
+            for each in given:
                 if (search := self._searches.get(each)) is not None:
                     search.is_aborted = True
                     request_ids += search.beam_ids

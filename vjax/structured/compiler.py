@@ -80,7 +80,10 @@ class GrammarCompiler:
         """As `matcher`, at once; None where the grammar is not compiled."""
         with self._lock:
             future = self._compiled.get(grammar)
-        return self._copy(future) if future is not None and future.done() and not future.exception() else None
+            if future is None or not future.done() or future.exception() is not None:
+                return None
+            self._compiled.move_to_end(grammar)
+        return self._copy(future)
 
     def _copy(self, future: Future[LLMatcher]) -> GrammarMatcher:
         compiled = future.result()
