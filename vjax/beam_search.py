@@ -1,18 +1,23 @@
 """Beam search as a front end's loop: each step, every beam is a request for one token with log probabilities.
 
-    BeamSearch.beams --prompts--> engine --top 2 * beam_width of each--> BeamSearch.extend
+    BeamSearch.beams --prompts--> engine --top 2 * beam_width of each--> BeamSearch.take
 
-The beams of a prompt share its KV blocks, and those of what they have in common, through the prefix cache.
+`LLM.beam_search` runs the loop for a batch of prompts, `AsyncLLM.beam_search` for one of many callers. The beams of a
+prompt share its KV blocks, and those of what they have in common, through the prefix cache.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from vjax.config.engine_config import ModelConfig
+from vjax.errors import VjaxValidationError
 from vjax.logprobs import Logprob
-from vjax.sampling_params import BeamSearchParams
+from vjax.outputs import CompletionOutput
+from vjax.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
 
 @dataclass(slots=True)
@@ -27,7 +32,8 @@ class BeamSearchSequence:
     cum_logprob: float = 0.0
     #: Of all tokens, the prompt's too; None while the search goes on, and without a tokenizer.
     text: str | None = None
-    #: "stop" (EOS), "length" (max_tokens or the model's context) or "error" (of the device); None while it goes on.
+    #: "stop" (EOS), "length" (max_tokens or the model's context), "error" (of the device) or "abort"; None while it
+    #: goes on.
     finish_reason: str | None = None
     #: The EOS token id, with "stop".
     stop_reason: int | str | None = None
@@ -38,6 +44,33 @@ class BeamSearchOutput:
     """Of one prompt: at most `beam_width` sequences, best first."""
 
     sequences: list[BeamSearchSequence]
+
+
+def check_beam_search(params: Any, model: ModelConfig) -> None:
+    """Raises: VjaxValidationError where `params` are no BeamSearchParams, or the engine's logprobs_mode or max_logprobs
+    do not permit them."""
+    if not isinstance(params, BeamSearchParams):
+        raise VjaxValidationError(
+            f"params={params!r:.100} is a {type(params).__name__}; pass a BeamSearchParams.",
+            parameter="params",
+            value=params,
+        )
+    needed = 2 * params.beam_width
+    if -1 < model.max_logprobs < needed:
+        raise VjaxValidationError(
+            f"beam_width={params.beam_width} needs the {needed} most probable tokens of each step, and the engine "
+            f"gives {model.max_logprobs}; choose a smaller beam_width, or create the engine with "
+            f"max_logprobs={needed}.",
+            parameter="beam_width",
+            value=params.beam_width,
+        )
+    if not model.logprobs_mode.endswith("logprobs"):
+        raise VjaxValidationError(
+            f"beam_search adds log probabilities, and the engine gives logits: logprobs_mode="
+            f'{model.logprobs_mode!r}; create it with "raw_logprobs" or "processed_logprobs".',
+            parameter="logprobs_mode",
+            value=model.logprobs_mode,
+        )
 
 
 class BeamSearch:
@@ -67,6 +100,22 @@ class BeamSearch:
         self._completed: list[BeamSearchSequence] = []
         #: Beams that wait for their next token, most probable first; empty when the search is over.
         self.beams = [BeamSearchSequence(list(prompt_token_ids))]
+        #: Of each request for a beam's next token.
+        self.request_params = SamplingParams(
+            max_tokens=1,
+            logprobs=2 * params.beam_width,
+            temperature=params.temperature,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def take(self, completions: Sequence[CompletionOutput]) -> None:
+        """One step: the completion of each of `beams`, in their order. Where one has none the search is over."""
+        candidates = [completion.logprobs[0] for completion in completions if completion.logprobs]
+        if len(candidates) == len(completions):
+            self.extend(candidates)
+        else:
+            self.end(next(c.finish_reason or "error" for c in completions if not c.logprobs))
 
     def extend(self, candidates: Sequence[dict[int, Logprob]]) -> None:
         """One step: what may follow each of `beams`, in their order, token id -> log probability."""
@@ -84,30 +133,43 @@ class BeamSearch:
         self.beams = [self._continued(i, token_id, total, candidates) for total, i, token_id in best]
         self._completed = heapq.nlargest(width, self._completed, key=self._score)
         if self.beams and len(self.beams[0].tokens) >= self._max_num_tokens:
-            self._end("length")
+            self.end("length")
         elif not self._may_improve():
             self.beams = []
 
-    def fail(self) -> None:
-        """Ends the search with what it has: the engine lost a beam."""
-        self._end("error")
+    def end(self, reason: str) -> None:
+        """Ends the search with what it has; `reason` is the finish_reason of the beams."""
+        for beam in self.beams:
+            beam.finish_reason = reason
+        self._completed = heapq.nlargest(self._params.beam_width, [*self._completed, *self.beams], key=self._score)
+        self.beams = []
 
-    def best(self) -> list[BeamSearchSequence]:
-        """The result, best first. The search is over."""
+    def output(self, decode: Callable[..., str] | None) -> BeamSearchOutput:
+        """The result. The search is over.
+
+        Args:
+            decode: The tokenizer's method; None: sequences get no texts.
+        """
         assert not self.beams
-        return self._completed
+        if decode is not None:
+            for sequence in self._completed:
+                self._add_texts(sequence, decode)
+        return BeamSearchOutput(self._completed)
+
+    def _add_texts(self, sequence: BeamSearchSequence, decode: Callable[..., str]) -> None:
+        hides_last = sequence.finish_reason == "stop" and not self._params.include_stop_str_in_output
+        shown = sequence.tokens[: -1 if hides_last else None]
+        sequence.text = decode(shown, skip_special_tokens=self._params.skip_special_tokens)
+        for entry in sequence.logprobs:
+            for token_id, logprob in entry.items():
+                if logprob.decoded_token is None:
+                    logprob.decoded_token = decode([token_id], skip_special_tokens=False)
 
     def _continued(
         self, i: int, token_id: int, total: float, candidates: Sequence[dict[int, Logprob]]
     ) -> BeamSearchSequence:
         beam = self.beams[i]
         return BeamSearchSequence([*beam.tokens, token_id], [*beam.logprobs, candidates[i]], total)
-
-    def _end(self, reason: str) -> None:
-        for beam in self.beams:
-            beam.finish_reason = reason
-        self._completed = heapq.nlargest(self._params.beam_width, [*self._completed, *self.beams], key=self._score)
-        self.beams = []
 
     def _score(self, sequence: BeamSearchSequence) -> float:
         num_tokens = len(sequence.tokens) - (sequence.finish_reason == "stop")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from vjax.beam_search import BeamSearch, BeamSearchOutput, BeamSearchSequence
+from vjax.beam_search import BeamSearch, BeamSearchOutput, check_beam_search
 from vjax.config.engine_args import EngineArgs
 from vjax.engine.batch_args import (
     Prompt,
@@ -183,7 +183,7 @@ class LLM:
             RuntimeError: The LLM was shut down.
         """
         check_other_arguments("beam_search", others)
-        self._check_beam_search(params)
+        check_beam_search(params, self.llm_engine.config.model)
         batch = prompt_list(prompts)
         limit = len(batch) if concurrency_limit is None else concurrency_limit
         if batch and (not isinstance(limit, int) or limit < 1):
@@ -208,31 +208,6 @@ class LLM:
             progress.close()
         return outputs
 
-    def _check_beam_search(self, params: Any) -> None:
-        if not isinstance(params, BeamSearchParams):
-            raise VjaxValidationError(
-                f"params={params!r:.100} is a {type(params).__name__}; pass a BeamSearchParams.",
-                parameter="params",
-                value=params,
-            )
-        model = self.llm_engine.config.model
-        needed = 2 * params.beam_width
-        if -1 < model.max_logprobs < needed:
-            raise VjaxValidationError(
-                f"beam_width={params.beam_width} needs the {needed} most probable tokens of each step, and the engine "
-                f"gives {model.max_logprobs}; choose a smaller beam_width, or create the engine with "
-                f"max_logprobs={needed}.",
-                parameter="beam_width",
-                value=params.beam_width,
-            )
-        if not model.logprobs_mode.endswith("logprobs"):
-            raise VjaxValidationError(
-                f"beam_search adds log probabilities, and the engine gives logits: logprobs_mode="
-                f'{model.logprobs_mode!r}; create it with "raw_logprobs" or "processed_logprobs".',
-                parameter="logprobs_mode",
-                value=model.logprobs_mode,
-            )
-
     def _search(
         self, prompts: Sequence[tuple[list[int], str | None]], params: BeamSearchParams, progress: Any
     ) -> list[BeamSearchOutput]:
@@ -240,46 +215,20 @@ class LLM:
         engine = self.llm_engine
         max_model_len = engine.config.model.max_model_len
         searches = [BeamSearch(ids, params, engine.eos_token_id, max_model_len) for ids, _ in prompts]
-        step_params = SamplingParams(
-            max_tokens=1,
-            logprobs=2 * params.beam_width,
-            temperature=params.temperature,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
         while running := [(s, salt) for s, (_, salt) in zip(searches, prompts, strict=True) if s.beams]:
             beams = [
                 {"prompt_token_ids": beam.tokens, "cache_salt": salt}
                 for search, salt in running
                 for beam in search.beams
             ]
-            ids = self._add_all(beams, [step_params] * len(beams), [0] * len(beams), None)
+            asked = [search.request_params for search, _ in running for _ in search.beams]
+            ids = self._add_all(beams, asked, [0] * len(beams), None)
             results = iter(self._run(ids, use_tqdm=False))
             for search, _ in running:
-                found = [next(results).outputs[0].logprobs for _ in search.beams]
-                candidates = [entries[0] for entries in found if entries]
-                if len(candidates) == len(found):
-                    search.extend(candidates)
-                else:
-                    search.fail()
+                search.take([next(results).outputs[0] for _ in search.beams])
                 progress.update(not search.beams)
-        outputs = [BeamSearchOutput(search.best()) for search in searches]
-        if engine.tokenizer is not None:
-            for output in outputs:
-                for sequence in output.sequences:
-                    self._decode(sequence, params, engine.tokenizer)
-        return outputs
-
-    @staticmethod
-    def _decode(sequence: BeamSearchSequence, params: BeamSearchParams, tokenizer: Tokenizer) -> None:
-        """Fills in the texts."""
-        hides_last = sequence.finish_reason == "stop" and not params.include_stop_str_in_output
-        shown = sequence.tokens[: -1 if hides_last else None]
-        sequence.text = tokenizer.decode(shown, skip_special_tokens=params.skip_special_tokens)
-        for entry in sequence.logprobs:
-            for token_id, logprob in entry.items():
-                if logprob.decoded_token is None:
-                    logprob.decoded_token = tokenizer.decode([token_id], skip_special_tokens=False)
+        decode = None if engine.tokenizer is None else engine.tokenizer.decode
+        return [search.output(decode) for search in searches]
 
     def _chat_prompts(self, conversations: Sequence[Any], options: Mapping[str, Any]) -> list[dict[str, Any]]:
         """A prompt per conversation."""

@@ -141,6 +141,7 @@ class SamplingParams:
     #: engine's `stream_interval`: the engine's.
     stream_interval: int | None = None
     #: The form that the text must have; a mapping of the fields is accepted too. EOS is drawn only where it may end.
+    #: With the engine's `reasoning_config` it is the form of what follows the reasoning.
     structured_outputs: StructuredOutputsParams | None = None
     #: Token id -> what is added to its logit, clamped to [-100, 100]; at most 1024.
     logit_bias: dict[int, float] | None = None
@@ -315,9 +316,6 @@ class SamplingParams:
         self.extra_args = dict(self.extra_args) if self.extra_args else None
         if self.structured_outputs is not None:
             self.structured_outputs = StructuredOutputsParams.from_value(self.structured_outputs)
-            if self.thinking_token_budget is not None:
-                what = "must be None with structured_outputs: a grammar holds from the first token of the output on"
-                raise _error("thinking_token_budget", self.thinking_token_budget, what)
 
     def _make_greedy(self) -> None:
         if self.n > 1:

@@ -23,7 +23,8 @@ class StructuredOutputsParams:
     with tool calls in it. Exactly one of the kinds is given; the other fields change how JSON is written.
 
     Tokens that lead out of the grammar cannot be drawn, and EOS only where the text may end. A completion that
-    max_tokens, a stop string or a stop token ends earlier is a prefix.
+    max_tokens, a stop string or a stop token ends earlier is a prefix. An engine with `reasoning_config` leaves what
+    the model thinks free, and constrains what follows.
 
     Raises:
         VjaxValidationError: Not exactly one kind is given, or a value is of a wrong form. Whether a grammar is one, and

@@ -10,7 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from vjax import LLM, AsyncEngineArgs, AsyncLLM, EngineDeadError, RequestOutputKind, SamplingParams, VjaxValidationError
+from vjax import (
+    LLM,
+    AsyncEngineArgs,
+    AsyncLLM,
+    BeamSearchParams,
+    EngineDeadError,
+    RequestOutputKind,
+    SamplingParams,
+    VjaxValidationError,
+)
 from vjax.config.cache import CacheConfig
 from vjax.config.engine_config import EngineConfig, LoadConfig, ModelConfig
 from vjax.config.scheduler import SchedulerConfig
@@ -38,12 +47,22 @@ def engine():
         yield engine
 
 
+BEAMS = BeamSearchParams(beam_width=3, max_tokens=6)
+
+
 @pytest.fixture(scope="module")
-def expected():
-    """Prompt -> what LLM gives."""
+def offline():
+    """What LLM gives: prompt -> completion, and the beams of each prompt."""
     with LLM("vjax-tiny", **SMALL) as llm:
         outputs = llm.generate(PROMPTS, params(FINAL_ONLY), use_tqdm=False)
-    return {output.prompt: output.outputs[0] for output in outputs}
+        beams = llm.beam_search(PROMPTS, BEAMS, concurrency_limit=1)
+    return {output.prompt: output.outputs[0] for output in outputs}, beams
+
+
+@pytest.fixture(scope="module")
+def expected(offline):
+    """Prompt -> what LLM gives."""
+    return offline[0]
 
 
 @pytest.fixture(autouse=True)
@@ -297,6 +316,161 @@ def test_metrics_and_prefix_cache(engine):
     assert (cold.num_cached_tokens, warm.num_cached_tokens) == (0, 32)
     assert grown["vjax:prompt_tokens"] == 80 and grown["vjax:prefix_cache_hits"] == 32
     assert warm.metrics.arrival_ts <= warm.metrics.scheduled_ts <= warm.metrics.first_token_ts
+
+
+# ---- beam search, grammars, control -------------------------------------------------------------------------------
+
+
+def test_beams_are_those_of_llm(engine, offline, expected):
+    """Of several searches at once, while others generate."""
+
+    async def main():
+        searches = [engine.beam_search(p, f"b-{p}", BEAMS) for p in PROMPTS]
+        return await asyncio.gather(*searches, *(collect(engine, p, params(), p) for p in PROMPTS))
+
+    *found, _, _, _, last = asyncio.run(main())
+    assert joined(last) == (expected[PROMPTS[3]].text, expected[PROMPTS[3]].token_ids)
+    for output, wanted in zip(found[:4], offline[1], strict=True):
+        for one, two in zip(output.sequences, wanted.sequences, strict=True):
+            assert (one.tokens, one.text, one.finish_reason) == (two.tokens, two.text, two.finish_reason)
+            assert one.cum_logprob == pytest.approx(two.cum_logprob, abs=1e-3)
+            assert [e.keys() for e in one.logprobs] == [e.keys() for e in two.logprobs]
+    assert not engine._searches
+
+
+LONG_BEAMS = BeamSearchParams(beam_width=2, max_tokens=200, ignore_eos=True)
+
+
+async def begun(engine, request_id: str, steps: int = 3) -> asyncio.Task:
+    """A search that has come so far."""
+    task = asyncio.create_task(engine.beam_search(PROMPTS[0], request_id, LONG_BEAMS))
+    seen: set[str] = set()
+    while len(seen) < steps:
+        await asyncio.sleep(0)
+        seen |= {core_id for core_id in list(engine._outputs._sequences) if f"beam_search-{request_id}-0" in core_id}
+    return task
+
+
+def test_who_leaves_a_beam_search_ends_it(engine):
+    async def main():
+        task = await begun(engine, "left")
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert engine.get_num_unfinished_requests() == 0 and not engine._searches
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("how", ["abort", "sleep"])
+def test_an_aborted_beam_search_gives_what_it_has(engine, how):
+    async def main():
+        task = await begun(engine, "search")
+        for call in (engine.beam_search(PROMPTS[1], "search", BEAMS), collect(engine, PROMPTS[1], params(), "search")):
+            with pytest.raises(VjaxValidationError, match="'search' is in use"):
+                await call
+        if how == "abort":
+            await engine.abort("search")
+        else:
+            await engine.sleep(0)
+            await engine.wake_up()
+        return await task
+
+    sequences = asyncio.run(main()).sequences
+    prompt = engine.get_tokenizer().encode(PROMPTS[0])
+    assert [s.finish_reason for s in sequences] == ["abort"] * 2
+    for sequence in sequences:
+        assert sequence.tokens[: len(prompt)] == prompt and 2 <= len(sequence.tokens) - len(prompt) < 200
+        assert sequence.text == engine.get_tokenizer().decode(sequence.tokens)
+    assert not engine._searches
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "request_id", "message"),
+    [
+        ("", BEAMS, "r", "empty"),
+        ("x", params(), "r", "pass a BeamSearchParams"),
+        ("x", BeamSearchParams(beam_width=11, max_tokens=2), "r", "needs the 22 most probable"),
+        ("x", BEAMS, "", "request_id='' must be a non-empty string"),
+    ],
+)
+def test_a_bad_beam_search(engine, prompt, sampling, request_id, message):
+    with pytest.raises(VjaxValidationError, match=message):
+        asyncio.run(engine.beam_search(prompt, request_id, sampling))
+    assert not engine._searches
+
+
+def test_callers_go_on_while_a_grammar_is_checked(engine, expected, monkeypatch):
+    compiler = engine._inputs._grammars
+    compile_, gate, begun = compiler._compile, threading.Event(), threading.Event()
+
+    def slow(grammar: str):
+        begun.set()
+        assert gate.wait(30)
+        return compile_(grammar)
+
+    monkeypatch.setattr(compiler, "_compile", slow)
+    constrained = params(FINAL_ONLY, structured_outputs={"choice": ["yes"]})
+
+    async def main():
+        waiting = asyncio.create_task(collect(engine, PROMPTS[0], constrained, "slow"))
+        while not begun.is_set():
+            await asyncio.sleep(0)
+        other = await collect(engine, PROMPTS[1], params(), "other")
+        assert not waiting.done()
+        gate.set()
+        return other, (await waiting)[-1].outputs[0].text
+
+    other, text = asyncio.run(main())
+    assert joined(other)[1] == expected[PROMPTS[1]].token_ids and text == "yes"
+
+
+@pytest.mark.parametrize(("mode", "clear"), [("abort", False), ("wait", True), ("keep", True), ("keep", False)])
+def test_pause_and_resume(engine, expected, mode, clear):
+    wanted = expected[PROMPTS[0]].token_ids
+
+    async def main():
+        stream = engine.generate(PROMPTS[0], params(max_tokens=200, ignore_eos=True), "running")
+        outputs = [await anext(stream)]
+        await engine.pause_generation(mode=mode, clear_cache=clear)
+        assert await engine.is_paused() and await engine.is_sleeping()
+        late = asyncio.create_task(collect(engine, PROMPTS[0], params(), "late"))
+        if mode != "keep":
+            outputs += [output async for output in stream]
+        # Answered when the late one was added long ago.
+        usage = {m.name: m.value for m in await engine.get_metrics() if isinstance(m, Gauge)}
+        keeps_its_place = mode == "keep" and not clear
+        assert usage["vjax:num_requests_running"] == keeps_its_place and not late.done()
+        await engine.resume_generation()
+        assert not await engine.is_paused()
+        outputs += [output async for output in stream]
+        tokens = joined(outputs)[1]
+        assert tokens[:12] == wanted[: len(tokens)] and (len(tokens) < 200) == (mode == "abort")
+        assert outputs[-1].outputs[0].finish_reason == ("abort" if mode == "abort" else "length")
+        last = await late
+        assert joined(last)[1] == wanted
+        await engine.resume_generation()
+        with pytest.raises(VjaxValidationError, match="mode='stop' must be one of"):
+            await engine.pause_generation(mode="stop")
+
+    asyncio.run(main())
+
+
+def test_a_call_may_time_out(engine):
+    gate = threading.Event()
+
+    async def main():
+        with pytest.raises(TimeoutError):
+            await engine.collective_rpc(lambda runner: gate.wait(30), timeout=0.01)
+        gate.set()
+        return await engine.collective_rpc(lambda runner, a, b: (type(runner).__name__, a, b), (1,), {"b": 2})
+
+    assert asyncio.run(main()) == [("ModelRunner", 1, 2)]
+
+
+def test_what_is_known_of_the_model(engine):
+    assert asyncio.run(engine.get_model_config()) is engine.model_config is engine.config.model
+    assert engine.model_config.max_model_len == 256
 
 
 def test_names_that_users_of_vllm_know():

@@ -19,6 +19,7 @@ from vjax import (
     LLM,
     AsyncEngineArgs,
     AsyncLLM,
+    BeamSearchParams,
     ConfigError,
     EngineDeadError,
     ModelRegistry,
@@ -134,6 +135,58 @@ def test_grammars_cross(engine):
 
     (output,) = asyncio.run(main())
     assert re.fullmatch("[a-c]{2}-[0-9]", output.outputs[0].text) and output.outputs[0].finish_reason == "stop"
+
+
+def test_beam_search_crosses(engine, llm):
+    beams = BeamSearchParams(beam_width=3, max_tokens=6)
+
+    async def main():
+        left = asyncio.create_task(engine.beam_search(PROMPTS[1], "left", dataclasses.replace(beams, max_tokens=200)))
+        found = await asyncio.gather(*(engine.beam_search(p, p, beams) for p in PROMPTS))
+        left.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await left
+        return found
+
+    for one, two in zip(asyncio.run(main()), llm.beam_search(PROMPTS, beams, concurrency_limit=1), strict=True):
+        assert [(s.tokens, s.text) for s in one.sequences] == [(s.tokens, s.text) for s in two.sequences]
+    assert engine.get_num_unfinished_requests() == 0 and not engine._client._progress._requests
+
+
+def test_control_crosses(engine, llm):
+    """Sleep, new weights and calls; more of it is tested with the core in a thread, which obeys in the same way."""
+    (wanted,) = llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)
+    wanted = wanted.outputs[0].token_ids
+
+    async def main():
+        running = engine.generate(PROMPTS[0], ENDLESS, "running")
+        first = [await anext(running)]
+        await engine.sleep(1, "keep")
+        assert await engine.is_sleeping()
+        late = asyncio.create_task(collect(engine, PROMPTS[0], GREEDY, "late"))
+        weights = await engine.get_weights(["norm"])
+        await engine.wake_up(["weights"])
+        assert await engine.is_sleeping() and not late.done()
+        await engine.update_weights(weights, partial=True)
+        await engine.wake_up(["kv_cache"])
+        assert not await engine.is_sleeping()
+        assert (await late)[-1].outputs[0].token_ids == wanted
+        await engine.abort("running")
+        first += [output async for output in running]
+        assert [t for output in first for t in output.outputs[0].token_ids][:12] == wanted
+        await engine.pause_generation()
+        assert await engine.is_paused()
+        await engine.resume_generation()
+        assert await engine.collective_rpc("warm_up", (0,), timeout=60) == [None]
+        assert await engine.reset_prefix_cache(reset_running_requests=True)
+        with pytest.raises(VjaxValidationError, match="profiler_dir"):
+            await engine.start_profile()
+        with pytest.raises(RuntimeError, match="start_profile"):
+            await engine.stop_profile()
+        assert (await engine.get_model_config()).max_model_len == 256
+        assert engine.get_tokenizer().encode("a") == llm.get_tokenizer().encode("a")
+
+    asyncio.run(main())
 
 
 def test_a_killed_process_is_reported_to_every_waiter(engine):

@@ -193,12 +193,21 @@ class Engine:
         self.outputs: dict[str, list[int]] = {}
         self.finished: dict[str, EngineOutput] = {}
         self.num_generated = 0
+        #: In the order of their arrival; some may have been aborted.
+        self.blocked: list[Request] = []
 
-    def add(self, request: EngineRequest) -> None:
-        self.scheduler.add(request)
+    def add(self, request: EngineRequest, *, blocked: bool = False) -> None:
+        added = self.scheduler.add(request, blocked=blocked)
+        if blocked:
+            self.blocked.append(added)
         self.requests[request.request_id] = request
         self.outputs[request.request_id] = []
         self.finished.pop(request.request_id, None)
+
+    def unblock(self, index: int = 0) -> None:
+        request = self.blocked.pop(index)
+        if not request.is_finished:
+            self.scheduler.unblock(request, object())
 
     def history(self, prompt: list[int], salt: str | None) -> History:
         return self.histories.setdefault((tuple(prompt), salt), History(prompt, salt))
@@ -251,6 +260,8 @@ class Engine:
 
     def run(self, max_steps: int = 5000) -> None:
         """Until all requests are done. Each step must dispatch or receive something."""
+        while self.blocked:
+            self.unblock()
         for _ in range(max_steps):
             if not self.scheduler.has_unfinished_requests:
                 break

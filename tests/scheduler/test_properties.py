@@ -75,8 +75,13 @@ class Walk:
                 repetition_detection=r.choice((None, None, RepetitionDetectionParams(3, 0, 2))),
                 priority=r.randrange(3),
                 arrival_time=r.randrange(5),
-            )
+            ),
+            blocked=r.random() < 0.1,
         )
+
+    def unblock(self) -> None:
+        if blocked := self.engine.blocked:
+            self.engine.unblock(self.random.randrange(len(blocked)))
 
     def abort(self) -> None:
         live = list(self.engine.scheduler._state.requests)
@@ -105,6 +110,7 @@ class Walk:
     def operation(self) -> None:
         operations = (
             (26, self.add),
+            (4, self.unblock),
             (60, self.engine.step),
             (4, self.abort),
             (1, self.reset),

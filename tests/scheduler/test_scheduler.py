@@ -234,6 +234,36 @@ class TestAdmission:
         scheduler.add(make_request("a", prompt(3)))
 
 
+class TestBlocked:
+    def test_waits_outside_of_the_queue(self) -> None:
+        e = engine()
+        e.add(make_request("a", prompt(4)), blocked=True)
+        scheduler = e.scheduler
+        assert scheduler.has_unfinished_requests and not scheduler.has_runnable_requests
+        assert work(e) == {} and scheduler.num_waiting == 1
+        e.add(make_request("b", prompt(4), max_tokens=3))
+        with pytest.raises(VjaxValidationError, match="'a' belongs to a request that is not finished"):
+            e.add(make_request("a", prompt(4)))
+        assert scheduler.has_runnable_requests and work(e) == {"b": 4}
+        e.unblock()
+        assert work(e) == {"b": 1, "a": 4} and scheduler.num_waiting == 0
+        e.run()
+        assert e.finished.keys() == {"a", "b"}
+
+    def test_ends(self) -> None:
+        """One is aborted and another one of its id comes, one fails."""
+        e = engine()
+        for request_id in "ab":
+            e.add(make_request(request_id, prompt(4)), blocked=True)
+        assert e.scheduler.abort(["a"]) == ["a"]
+        e.scheduler.check_integrity()
+        e.add(make_request("a", prompt(3)))
+        assert e.scheduler.fail(e.blocked.pop(), "no grammar") == EngineOutput("b", [], "error", error="no grammar")
+        assert work(e) == {"a": 3}
+        e.run()
+        assert len(e.outputs["a"]) == 8
+
+
 class TestPrefixCache:
     def test_identical_prompts_of_one_step_share(self) -> None:
         e = engine(block_size=4)

@@ -6,12 +6,15 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vjax import SamplingParams, StructuredOutputsParams, VjaxValidationError
 from vjax.messages import mask_width
 from vjax.structured.compiler import GrammarCompiler
 from vjax.structured.grammar import closed, grammar_text
 from vjax.structured.matcher import MaskFiller
+from vjax.structured.reasoning import ReasoningTags
 from vjax.text.load import load_tokenizer
 
 EOS = (0, 1)
@@ -177,3 +180,43 @@ def test_without_a_tokenizer_that_can_be_used():
         compiler = GrammarCompiler(load, vocab_size=VOCAB_SIZE, eos_token_ids=lambda _, ends=ends: ends)
         with pytest.raises(VjaxValidationError, match=text):
             compiler.matcher(grammar_text(StructuredOutputsParams(choice=["a"])))
+
+
+TAGS = st.lists(st.integers(0, 3), min_size=1, max_size=3).map(tuple)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(TAGS, TAGS, st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(1, 12))
+def test_ends_of_reasoning(start: tuple[int, ...], end: tuple[int, ...], tokens: list[int], num_prompt: int):
+    """Against a search at every place."""
+    num_prompt = min(num_prompt, len(tokens))
+    tags = ReasoningTags(start, end)
+
+    def ends(tag: tuple[int, ...], stop: int) -> list[int]:
+        return [i for i in range(len(tag), stop + 1) if tuple(tokens[i - len(tag) : i]) == tag]
+
+    closed = max(ends(end, num_prompt), default=0) > max(ends(start, num_prompt), default=0)
+    assert tags.has_ended(tokens[:num_prompt]) == closed
+    later = [i for i in ends(end, len(tokens)) if i > num_prompt]
+    assert tags.end_of_reasoning(tokens, num_prompt) == min(later, default=None)
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 20])
+def test_a_matcher_follows_from_the_end_of_the_reasoning(tokenizer, compiler, pieces: int):
+    """However the tokens come, and in the same place as one that saw the answer alone."""
+    tags = ReasoningTags((7,), (8, 9))
+    reasoning = GrammarCompiler(
+        lambda: tokenizer, vocab_size=VOCAB_SIZE, eos_token_ids=lambda _: EOS, tags=tags
+    ).matcher(grammar_text(StructuredOutputsParams(choice=["yes sir"])))
+    (first, *_) = answer = tokenizer.encode("yes sir", add_special_tokens=False)
+    tokens, num_prompt = [3, 8, 9, 7, 4, 8, 5, 8, 9, *answer, 0], 4
+    is_reasoning = []
+    for end in range(num_prompt, len(tokens) + 1, pieces):
+        reasoning.follow(tokens[:end], num_prompt)
+        is_reasoning.append(reasoning.is_reasoning)
+        assert is_reasoning[-1] == (end < 9)
+    reasoning.follow(tokens, num_prompt)
+    assert not reasoning.is_reasoning and not reasoning.error
+    wrong = reasoning.__class__(compiler.matcher(grammar_text(StructuredOutputsParams(choice=["no"]))).matcher, tags)
+    wrong.follow([*tokens[:9], first], num_prompt)
+    assert wrong.error

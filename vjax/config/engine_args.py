@@ -95,7 +95,10 @@ class EngineArgs:
     #: Subclasses of `vjax.LogitsProcessor`, or "module:Class": what requests may do to logits besides.
     logits_processors: list[Any] | None = None
     #: {"reasoning_start_str": ..., "reasoning_end_str": ...}, by default <think> and </think>: what the model writes
-    #: around what it thinks. {} is both defaults; None refuses thinking_token_budget.
+    #: around what it thinks. {} is both defaults; None refuses thinking_token_budget. With it, structured_outputs hold
+    #: from the end of the reasoning on: behind the first end tag of the output, or from its first token where the last
+    #: tag of the prompt is the end tag. A completion without an end tag stays free, as in vLLM. Tags are found as the
+    #: tokens that the tokenizer makes of them.
     reasoning_config: dict[str, Any] | None = None
     #: Tokens between two streamed outputs of a request, after its first; requests may ask for more.
     stream_interval: int = 1

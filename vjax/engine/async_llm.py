@@ -16,18 +16,20 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from vjax import envs
+from vjax.beam_search import BeamSearch, BeamSearchOutput, check_beam_search
 from vjax.config.engine_args import EngineArgs
-from vjax.config.engine_config import EngineConfig
+from vjax.config.engine_config import EngineConfig, ModelConfig
 from vjax.engine import heap
 from vjax.engine.batch_args import Prompt, check_other_arguments
 from vjax.engine.client import EngineClient, ThreadClient, again, shut_down_error
 from vjax.engine.collector import OutputCollector, wake
-from vjax.engine.input_processor import InputProcessor, ProcessedRequest
+from vjax.engine.input_processor import InputProcessor, ProcessedRequest, check_request_id
 from vjax.engine.output_processor import OutputProcessor
 from vjax.engine.process_client import start_process
 from vjax.engine.protocol import Outputs
@@ -37,13 +39,22 @@ from vjax.errors import EngineDeadError, VjaxValidationError
 from vjax.log import logger
 from vjax.metrics import Metric
 from vjax.outputs import RequestOutput
-from vjax.sampling_params import RequestOutputKind, SamplingParams
+from vjax.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 from vjax.text.tokenizer import Tokenizer
 
 log = logger(__name__)
 
 #: Texts of more characters are tokenised in a thread: the event loop goes on meanwhile.
 _LONG_TEXT = 20_000
+
+
+@dataclass(slots=True)
+class _Search:
+    """A beam search that is under way."""
+
+    #: Request ids of the beams of its step.
+    beam_ids: list[str] = field(default_factory=list)
+    is_aborted: bool = False
 
 
 class AsyncLLM:
@@ -68,6 +79,8 @@ class AsyncLLM:
         #: Guards everything below that is not set here once and for all.
         self._lock = threading.Lock()
         self._collectors: dict[str, OutputCollector] = {}
+        #: By the ids that their callers gave them.
+        self._searches: dict[str, _Search] = {}
         self._dead: EngineDeadError | None = None
         self._is_shut_down = False
         self._is_updating = False
@@ -153,7 +166,7 @@ class AsyncLLM:
         # A grammar may take a second to compile.
         slow = _is_long(prompt) or getattr(sampling_params, "structured_outputs", None) is not None
         processed = await asyncio.to_thread(process) if slow else process()
-        collector = self._add(processed)
+        (collector,) = self._add([processed])
         finished = False
         try:
             while not finished:
@@ -164,11 +177,83 @@ class AsyncLLM:
             if not finished:
                 self._drop(request_id, collector)
 
-    async def abort(self, request_id: str | Iterable[str]) -> None:
-        """Ends requests. Their callers get a last output with what there is, finish_reason "abort". Unknown and
-        finished ids are ignored."""
-        request_ids = [request_id] if isinstance(request_id, str) else list(request_id)
+    async def beam_search(
+        self,
+        prompt: Prompt,
+        request_id: str,
+        params: BeamSearchParams,
+        *,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        **others: Any,
+    ) -> BeamSearchOutput:
+        """The most probable continuations of one prompt, as `LLM.beam_search` finds them. Each step is a batch of its
+        beams, a token each, among the requests of other callers.
+
+        A caller whose task is cancelled ends the search. `abort` ends it with what it has: the finish_reason of its
+        unfinished sequences is "abort".
+
+        Args:
+            request_id: Unique among unfinished requests. Those of the beams are made from it.
+            tokenization_kwargs, others: As `generate`.
+
+        Raises:
+            VjaxValidationError: The prompt is invalid, the id is in use, or the engine's logprobs_mode or max_logprobs
+                do not permit the search.
+            EngineDeadError: The engine has ended, or ended meanwhile.
+        """
+        check_other_arguments("beam_search", others, "AsyncLLM")
+        self._check_alive()
+        check_beam_search(params, self.config.model)
+        check_request_id(request_id)
+        tokenize = functools.partial(self._inputs.tokenize, prompt, tokenization_kwargs)
+        token_ids, salt = await asyncio.to_thread(tokenize) if _is_long(prompt) else tokenize()
+        search = BeamSearch(token_ids, params, self._inputs.eos_token_id, self.config.model.max_model_len)
         with self._lock:
+            self._check_unused(request_id)
+            record = self._searches[request_id] = _Search()
+        try:
+            while search.beams:
+                prompts = [{"prompt_token_ids": beam.tokens, "cache_salt": salt} for beam in search.beams]
+                outputs = await self._run_beams(request_id, record, prompts, search.request_params)
+                if record.is_aborted:
+                    search.end("abort")
+                else:
+                    search.take([output.outputs[0] for output in outputs])
+        finally:
+            with self._lock:
+                del self._searches[request_id]
+        return search.output(None if self.tokenizer is None else self.tokenizer.decode)
+
+    async def _run_beams(
+        self, request_id: str, record: _Search, prompts: Sequence[Prompt], params: SamplingParams
+    ) -> list[RequestOutput]:
+        """The one output of each of the requests of a step, or an end of all of them."""
+        arrival_time = time.monotonic()
+        record.beam_ids = [f"beam_search-{request_id}-{i}" for i in range(len(prompts))]
+        collectors = self._add(
+            [
+                self._inputs.process(beam_id, prompt, params, arrival_time=arrival_time)
+                for beam_id, prompt in zip(record.beam_ids, prompts, strict=True)
+            ]
+        )
+        try:
+            return [await collector.get() for collector in collectors]
+        finally:
+            for beam_id, collector in zip(record.beam_ids, collectors, strict=True):
+                self._drop(beam_id, collector)
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """Ends requests and beam searches. Their callers get a last output with what there is, finish_reason "abort".
+        Unknown and finished ids are ignored."""
+        given = [request_id] if isinstance(request_id, str) else list(request_id)
+        request_ids: list[str] = []
+        with self._lock:
+            for each in given:
+                if (search := self._searches.get(each)) is not None:
+                    search.is_aborted = True
+                    request_ids += search.beam_ids
+                else:
+                    request_ids.append(each)
             ended = self._outputs.abort_outputs(request_ids)
             core_ids = [output.request_id for output in ended]
             shown, _ = self._outputs.process(ended)
@@ -176,27 +261,36 @@ class AsyncLLM:
         self._client.abort_requests(core_ids)
         self._wake(waiters)
 
-    def _add(self, processed: ProcessedRequest) -> OutputCollector:
-        request_id = processed.request_id
-        for request in processed.requests:
-            # Outputs of an aborted request, which may still be on the way, are not those of a later one of its id.
-            request.request_id = f"{next(self._numbers)}:{request.request_id}"
-        delta = processed.params.output_kind is RequestOutputKind.DELTA
-        collector = OutputCollector(asyncio.get_running_loop(), delta=delta)
+    def _add(self, batch: Sequence[ProcessedRequest]) -> list[OutputCollector]:
+        """Adds all requests, or none."""
+        loop = asyncio.get_running_loop()
+        collectors: list[OutputCollector] = []
+        for processed in batch:
+            for request in processed.requests:
+                # Outputs of an aborted request, which may still be on the way, are not those of a later one of its id.
+                request.request_id = f"{next(self._numbers)}:{request.request_id}"
+            collectors.append(OutputCollector(loop, delta=processed.params.output_kind is RequestOutputKind.DELTA))
         with self._lock:
             self._check_alive()
-            if self._outputs.has_request(request_id):
-                raise VjaxValidationError(
-                    f"request_id {request_id!r} is in use by an unfinished request; choose another or abort that one.",
-                    parameter="request_id",
-                    value=request_id,
-                )
+            for processed in batch:
+                self._check_unused(processed.request_id)
             if self._recorder is not None:
-                self._recorder.queue(processed)
-            self._client.add_requests(processed.requests)
-            self._outputs.add_request(processed)
-            self._collectors[request_id] = collector
-        return collector
+                for processed in batch:
+                    self._recorder.queue(processed)
+            self._client.add_requests([request for processed in batch for request in processed.requests])
+            for processed, collector in zip(batch, collectors, strict=True):
+                self._outputs.add_request(processed)
+                self._collectors[processed.request_id] = collector
+        return collectors
+
+    def _check_unused(self, request_id: str) -> None:
+        """The lock is held."""
+        if self._outputs.has_request(request_id) or request_id in self._searches:
+            raise VjaxValidationError(
+                f"request_id {request_id!r} is in use by an unfinished request; choose another or abort that one.",
+                parameter="request_id",
+                value=request_id,
+            )
 
     def _drop(self, request_id: str, collector: OutputCollector) -> None:
         """Nobody waits for the request any more."""
@@ -261,6 +355,15 @@ class AsyncLLM:
             raise VjaxValidationError("There is no tokenizer: the engine was created with skip_tokenizer_init=True.")
         return self.tokenizer
 
+    @property
+    def model_config(self) -> ModelConfig:
+        """What the engine was told and found out of its model."""
+        return self.config.model
+
+    async def get_model_config(self) -> ModelConfig:
+        """`model_config`, as vLLM's users ask for it."""
+        return self.config.model
+
     def get_default_sampling_params(self) -> SamplingParams:
         """vLLM's defaults, overridden by the model's generation_config.json."""
         return self._inputs.default_sampling_params()
@@ -294,7 +397,7 @@ class AsyncLLM:
         check_sleep(level, mode)
         self._check_alive()
         if mode == "abort":
-            await self.abort(list(self._collectors))
+            await self.abort([*self._collectors, *self._searches])
         await self._call("sleep", level, mode == "wait")
 
     async def wake_up(self, tags: Sequence[str] | None = None) -> None:
@@ -304,6 +407,33 @@ class AsyncLLM:
     async def is_sleeping(self) -> bool:
         """Asleep at any level, in part as well."""
         return await self._call("is_sleeping")
+
+    async def pause_generation(self, *, mode: str = "abort", clear_cache: bool = True) -> None:
+        """Stops scheduling until `resume_generation`, and keeps the memory: `sleep(0, mode)` under another name.
+
+        Args:
+            mode: What becomes of unfinished requests, as `sleep`. Further ones wait.
+            clear_cache: Forgets the prefix cache too; requests that wait in the middle ("keep") compute their KV again.
+
+        Raises:
+            VjaxValidationError: There is no such mode.
+        """
+        await self.sleep(0, mode)
+        if clear_cache:
+            await self._call("reset_prefix_cache", True)
+
+    async def resume_generation(self) -> None:
+        """Ends `pause_generation`; nothing happens where generation is not paused.
+
+        Raises:
+            EngineAsleepError: Weights or KV cache sleep; that takes `wake_up`.
+        """
+        if await self.is_paused():
+            await self.wake_up(["scheduling"])
+
+    async def is_paused(self) -> bool:
+        """Whether requests wait for `resume_generation` or `wake_up`."""
+        return await self.is_sleeping()
 
     async def update_weights(self, params: Mapping[str, Any] | Sequence[Any], *, partial: bool = False) -> None:
         """As `LLM.update_weights`. Requests that come meanwhile wait. Who is cancelled half-way leaves an engine that
@@ -335,11 +465,23 @@ class AsyncLLM:
         return {name: await self._call("get_weight", name) for name in wanted}
 
     async def collective_rpc(
-        self, method: str | Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        method: str | Callable[..., Any],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        timeout: float | None = None,
     ) -> list[Any]:
-        """As `LLM.collective_rpc`."""
+        """As `LLM.collective_rpc`.
+
+        Args:
+            timeout: Seconds to wait for the result; None: without limit. The call itself goes on.
+
+        Raises:
+            TimeoutError: They have passed.
+        """
         name, arguments = remote_function(method, args, kwargs, in_process=self._client.in_process)
-        return [await self._call(name, *arguments)]
+        return [await asyncio.wait_for(self._call(name, *arguments), timeout)]
 
     async def apply_model(self, func: Callable[[Any], Any]) -> list[Any]:
         """As `LLM.apply_model`."""

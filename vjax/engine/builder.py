@@ -38,6 +38,7 @@ from vjax.runner.lowered_cache import LoweredCache
 from vjax.runner.runner import ModelRunner
 from vjax.runner.step import Step, StepGeometry
 from vjax.scheduler.factory import make_scheduler
+from vjax.structured.reasoning import ReasoningTags
 from vjax.text.load import load_tokenizer
 from vjax.text.tokenizer import Tokenizer
 from vjax.weights.hub import resolve_model_path
@@ -112,6 +113,7 @@ def build_engine(args: EngineArgs, *, with_tokenizer: bool = True) -> BuiltEngin
         config,
         vocab_size=arch.vocab_size,
         model_eos_token_ids=arch.eos_token_ids,
+        tags=None if thinking is None else ReasoningTags(*thinking),
     )
     core = EngineCore(
         make_scheduler(config.scheduler, config.cache),

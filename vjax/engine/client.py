@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from vjax.engine.loop import run_engine
-from vjax.engine.protocol import AbortRequests, AddRequests, Call, Command, EngineInfo, Outputs, Reply, Stop
+from vjax.engine.protocol import AbortRequests, AddRequests, Call, Command, EngineInfo, Outputs, Reply, Stop, Wake
 from vjax.errors import EngineDeadError
 from vjax.log import logger
 from vjax.messages import EngineRequest
@@ -159,6 +159,9 @@ class ThreadClient(EngineClient):
     def _post(self, command: Command) -> None:
         self._commands.put(command)
 
+    def _wake(self) -> None:
+        self._commands.put(Wake())
+
     def _receive(self, wait: bool) -> list[Command]:
         commands = [self._commands.get()] if wait else []
         while not self._commands.empty():
@@ -167,7 +170,8 @@ class ThreadClient(EngineClient):
 
     def _run(self) -> None:
         try:
-            run_engine(self._core, self._receive, self._take, log_stats=not self.info.config.disable_log_stats)
+            log_stats = not self.info.config.disable_log_stats
+            run_engine(self._core, self._receive, self._take, self._wake, log_stats=log_stats)
         except BaseException as e:
             self._end(dead_error(f"The engine ended by {type(e).__name__}: {e}", e), tell=True)
         finally:

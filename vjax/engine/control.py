@@ -61,11 +61,16 @@ class EngineControl(ABC):
         """Waits for the steps in flight and returns their outputs."""
 
     @property
+    @abstractmethod
+    def _can_step(self) -> bool:
+        """Whether a step of the core while it is awake would do something."""
+
+    @property
     def has_work(self) -> bool:
         """A step would do something."""
         if self._is_asleep or self._late_outputs:
             return bool(self._late_outputs)
-        return self.scheduler.has_unfinished_requests or bool(self._falling_asleep)
+        return self._can_step or bool(self._falling_asleep)
 
     # ---- sleep --------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ It knows token ids only: no text, no stop strings, no outputs in a user's shape.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from vjax.runner.runner import ModelRunner, StepHandle
 from vjax.scheduler.scheduler import Scheduler
 from vjax.scheduler.stats import SchedulerStats
 from vjax.structured.compiler import GrammarCompiler
+from vjax.structured.compiling import Compilations
 from vjax.structured.matcher import MaskFiller
 
 log = logger(__name__)
@@ -49,11 +50,14 @@ class EngineCore(EngineControl):
     ):
         super().__init__(scheduler, runner, self._step_overlapped if async_scheduling else self._step, profiler)
         self.grammars = grammars
+        self._compilations = Compilations(grammars)
         self._masks = MaskFiller()
         self._in_flight: deque[tuple[SchedulerOutput, StepHandle]] = deque()
 
     def _step(self) -> list[EngineOutput]:
         """One step, start to end."""
+        if self._compilations and (failed := self._take_compiled()):
+            return failed
         scheduled = self.scheduler.schedule()
         if not scheduled.rows:
             return []
@@ -66,6 +70,8 @@ class EngineCore(EngineControl):
 
     def _step_overlapped(self) -> list[EngineOutput]:
         """The same, with the next step on the device while the host waits for this one: outputs come one step late."""
+        if self._compilations and (failed := self._take_compiled()):
+            return failed
         scheduled = self.scheduler.schedule()
         early: list[EngineOutput] = []
         try:
@@ -122,7 +128,7 @@ class EngineCore(EngineControl):
         live = [(row, request) for row, request in constrained if not request.is_finished]
         for _, request in live:
             request.matcher.follow(request.token_ids, request.num_prompt_tokens)
-        self._masks.fill(mask, [(row, request.matcher) for row, request in live])
+        self._masks.fill(mask, [(row, r.matcher) for row, r in live if not r.matcher.is_reasoning])
         for row, request in live:
             if error := request.matcher.error:
                 mask[row] = -1
@@ -136,12 +142,41 @@ class EngineCore(EngineControl):
         return self.scheduler.fail_step(lost, str(error))
 
     def add_request(self, request: EngineRequest) -> None:
-        """Raises: VjaxValidationError where the request can never run."""
-        matcher = None
-        if request.grammar is not None:
-            assert self.grammars is not None
-            matcher = self.grammars.matcher(request.grammar)
-        self.scheduler.add(request, matcher)
+        """A grammar that is not known yet is compiled meanwhile: its request waits, and fails if it is none.
+
+        Raises:
+            VjaxValidationError: The request can never run.
+        """
+        if request.grammar is None:
+            self.scheduler.add(request)
+            return
+        assert self.grammars is not None
+        matcher = self.grammars.ready(request.grammar)
+        added = self.scheduler.add(request, matcher, blocked=matcher is None)
+        if matcher is None:
+            self._compilations.begin(request.grammar, added)
+
+    def _take_compiled(self) -> list[EngineOutput]:
+        """Queues the requests whose grammars are ready, waiting for one where nothing else can run. Returns the ends of
+        those whose grammars are none."""
+        failed: list[EngineOutput] = []
+        wait = self.scheduler.has_unfinished_requests and not self.scheduler.has_runnable_requests
+        for request, matcher in self._compilations.take(wait=wait):
+            if request.is_finished:
+                continue
+            if isinstance(matcher, Exception):
+                failed.append(self.scheduler.fail(request, f"the grammar cannot be used: {matcher}"))
+            else:
+                self.scheduler.unblock(request, matcher)
+        return failed
+
+    def wake_by(self, wake: Callable[[], None]) -> None:
+        """Has `wake` called, in any thread, when `has_work` becomes true by itself."""
+        self._compilations.on_done = wake
+
+    @property
+    def _can_step(self) -> bool:
+        return self.scheduler.has_runnable_requests or self._compilations.has_done
 
     def abort_requests(self, request_ids: Sequence[str]) -> list[str]:
         """Ends requests at once; returns the ids that were alive."""
@@ -187,5 +222,6 @@ class EngineCore(EngineControl):
 
     def shutdown(self) -> None:
         self._in_flight.clear()
+        self._compilations.shutdown()
         self._profiler.shutdown()
         self.runner.shutdown()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from vjax.config.engine_config import EngineConfig
 from vjax.structured.compiler import GrammarCompiler
+from vjax.structured.reasoning import ReasoningTags
 from vjax.text.tokenizer import Tokenizer
 
 
@@ -24,7 +25,12 @@ def eos_token_ids(
 
 
 def make_compiler(
-    load: Callable[[], Tokenizer | None], config: EngineConfig, *, vocab_size: int, model_eos_token_ids: Sequence[int]
+    load: Callable[[], Tokenizer | None],
+    config: EngineConfig,
+    *,
+    vocab_size: int,
+    model_eos_token_ids: Sequence[int],
+    tags: ReasoningTags | None = None,
 ) -> GrammarCompiler:
     """A compiler for an engine's model; `load` gives its tokenizer when the first grammar comes."""
 
@@ -32,4 +38,4 @@ def make_compiler(
         eos, further = eos_token_ids(tokenizer, config, model_eos_token_ids)
         return list(further) if eos is None else [eos, *further]
 
-    return GrammarCompiler(load, vocab_size=vocab_size, eos_token_ids=ends)
+    return GrammarCompiler(load, vocab_size=vocab_size, eos_token_ids=ends, tags=tags)

@@ -118,8 +118,7 @@ class InputProcessor:
         """
         if not isinstance(params, SamplingParams):
             raise _error("sampling_params", params, f"is a {type(params).__name__}; pass a SamplingParams")
-        if not isinstance(request_id, str) or not request_id:
-            raise _error("request_id", request_id, "must be a non-empty string")
+        check_request_id(request_id)
         self._check_priority(priority)
         tokenization = TokenizationParams.from_kwargs(tokenization_kwargs, self._max_model_len)
         text, token_ids, salt = self._parse(prompt, tokenization)
@@ -339,6 +338,12 @@ class InputProcessor:
                 f"works with at most {MAX_MASKED_TOKEN_IDS} EOS and stop token ids, and the request has {len(masked)}; "
                 "pass fewer stop_token_ids, or min_tokens=0",
             )
+
+
+def check_request_id(request_id: Any) -> None:
+    """Raises: VjaxValidationError for what is no id."""
+    if not isinstance(request_id, str) or not request_id:
+        raise _error("request_id", request_id, "must be a non-empty string")
 
 
 def _expand(request_id: str, params: SamplingParams) -> list[tuple[str, SamplingParams]]:

@@ -18,6 +18,7 @@ def run_engine(
     core: EngineCore,
     receive: Callable[[bool], Sequence[Command]],
     send: Callable[[Outputs | Reply], None],
+    wake: Callable[[], None],
     *,
     log_stats: bool,
 ) -> None:
@@ -26,8 +27,10 @@ def run_engine(
     Args:
         receive: Returns the commands that have arrived; given True it waits for one where there is none.
         send: Takes what is for the clients.
+        wake: Ends the waiting of `receive`, by a `Wake` to itself; called in any thread.
         log_stats: Send the scheduler's numbers after every step, also where it gave no outputs.
     """
+    core.wake_by(wake)
     while True:
         for command in receive(not core.has_work):
             if isinstance(command, Stop):

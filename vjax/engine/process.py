@@ -6,6 +6,7 @@ for commands, steps, and packing outputs; another one sleeps until stdin closes 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import select
@@ -29,12 +30,14 @@ from vjax.engine.protocol import (
     Outputs,
     Ready,
     Reply,
+    Wake,
     decode,
     encode,
 )
 
 #: Milliseconds in which the last message has to be on its way.
 _LINGER = 2000
+_WAKE_UPS = "inproc://wake-ups"
 
 
 def main() -> int:
@@ -57,11 +60,14 @@ def main() -> int:
 
 
 class _Link:
-    """The two sockets to the client."""
+    """The two sockets to the client. The one for commands hears this process too, which can wake itself up."""
 
     def __init__(self, context: zmq.Context, folder: str):
         self._commands = _connect(context, zmq.PULL, f"ipc://{folder}/commands")
+        self._commands.bind(_WAKE_UPS)
         self._messages = _connect(context, zmq.PUSH, f"ipc://{folder}/messages")
+        self._wake_ups = _connect(context, zmq.PUSH, _WAKE_UPS)
+        self._waking = threading.Lock()
         self._progress = ProgressSender()
 
     def receive(self, wait: bool) -> list[Command]:
@@ -87,7 +93,15 @@ class _Link:
     def send(self, message: Message) -> None:
         self._messages.send(encode(message))
 
+    def wake(self) -> None:
+        """Has `receive` return; from any thread."""
+        # A socket that was closed has nobody to wake up.
+        with self._waking, contextlib.suppress(zmq.ZMQError):
+            self._wake_ups.send(encode(Wake()), zmq.NOBLOCK)
+
     def close(self) -> None:
+        with self._waking:
+            self._wake_ups.close(linger=0)
         self._commands.close(linger=0)
         self._messages.close(linger=_LINGER)
 
@@ -104,7 +118,8 @@ def _serve(greeting: Greeting, link: _Link) -> None:
     try:
         heap.freeze(core)
         link.send(Ready(built.info))
-        run_engine(core, link.receive, link.step_done, log_stats=not greeting.args.disable_log_stats)
+        log_stats = not greeting.args.disable_log_stats
+        run_engine(core, link.receive, link.step_done, link.wake, log_stats=log_stats)
     finally:
         core.shutdown()
 

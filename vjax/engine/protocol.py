@@ -1,6 +1,6 @@
 """What an engine core and its clients say to each other, and how that crosses to another process.
 
-    client --AddRequests, AbortRequests, Call, Stop--> core
+    client --AddRequests, AbortRequests, Call, Stop--> core <--Wake-- its own threads
     client <--Ready, Outputs, Reply, Failed----------- core
 
 Requests, aborts and outputs, of which there are some in every step, are MessagePack arrays without field names; all
@@ -72,7 +72,12 @@ class Stop:
     """The last message: unfinished requests are dropped."""
 
 
-Command = AddRequests | AbortRequests | Call | Stop
+@dataclass(slots=True)
+class Wake:
+    """From a thread of the core to its loop: something is ready."""
+
+
+Command = AddRequests | AbortRequests | Call | Stop | Wake
 
 # ---- from the core ------------------------------------------------------------------------------------------------
 

@@ -241,7 +241,7 @@ class Step:
             if Feature.CUSTOM in features:
                 logits = self._process_custom(rows, state, logits, history)
             if Feature.THINKING in features:
-                logits, min_position = self._end_thinking(rows, state, logits, history)
+                logits, min_position = self._end_thinking(rows, state, logits, history, mask)
         if mask is not None:
             logits, min_position = self._grammar_first(rows, raw, logits, min_position)
         rows, tokens, final = self._draw(Variant.FULL, rows, logits, min_position)
@@ -357,13 +357,21 @@ class Step:
         return logits
 
     def _end_thinking(
-        self, rows: RowState, state: ProcessorState, logits: jax.Array, history: processors.History
+        self,
+        rows: RowState,
+        state: ProcessorState,
+        logits: jax.Array,
+        history: processors.History,
+        mask: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Logits, and each row's position from which every token may be drawn: what is forced is not masked."""
+        """Logits, and each row's position from which every token may be drawn: what is forced is not masked. A row
+        that its grammar holds does not think any more, whatever it writes."""
         assert self.thinking is not None
         row_ids = rows.sampled_rows[: logits.shape[0]]
         has_state = (sampling_column(rows, row_ids, "flags") & HAS_PROCESSOR_STATE) != 0
         budget = jnp.where(has_state, state.thinking_budget[row_ids, 0], -1)
+        if mask is not None:
+            budget = jnp.where((mask == -1).all(axis=1), budget, -1)
         start, end = self.thinking
         logits, forced = processors.end_thinking(logits, history, budget, start=start, end=end)
         return logits, jnp.where(forced, 0, sampling_column(rows, row_ids, "min_position"))

@@ -17,7 +17,7 @@ from vjax.config.cache import CacheConfig
 from vjax.config.scheduler import SchedulerConfig
 from vjax.errors import VjaxValidationError
 from vjax.messages import EngineOutput, EngineRequest, SchedulerOutput, StepLogprobs, StepOutput
-from vjax.request import Request
+from vjax.request import Request, RequestStatus
 from vjax.scheduler.batching import BatchingPolicy
 from vjax.scheduler.limits import check_request
 from vjax.scheduler.recording import StepRecording
@@ -56,11 +56,12 @@ class Scheduler:
 
     # Requests in and out
 
-    def add(self, request: EngineRequest, matcher: Any = None) -> None:
+    def add(self, request: EngineRequest, matcher: Any = None, *, blocked: bool = False) -> Request:
         """Queues a request.
 
         Args:
             matcher: Its `Request.matcher`.
+            blocked: It has a grammar whose matcher is not ready, and waits outside of the queue until `unblock`.
 
         Raises:
             VjaxValidationError: The id is in use, or the request could not run even if it were alone.
@@ -71,7 +72,16 @@ class Scheduler:
         self._num_added += 1
         self._state.requests[added.request_id] = added
         self._state.num_constrained += matcher is not None
-        self._state.waiting.add(added)
+        if blocked:
+            added.status = RequestStatus.WAITING_FOR_GRAMMAR
+            self._state.blocked.add(added)
+        else:
+            self._state.waiting.add(added)
+        return added
+
+    def unblock(self, request: Request, matcher: Any) -> None:
+        """Queues a request that was added `blocked`, and lives."""
+        self._state.unblock(request, matcher)
 
     def abort(self, request_ids: Iterable[str]) -> list[str]:
         """Ends requests at once and returns the ids that were alive; tokens still in flight for them are dropped."""
@@ -238,12 +248,18 @@ class Scheduler:
         return bool(self._state.requests)
 
     @property
+    def has_runnable_requests(self) -> bool:
+        """Whether any is not blocked."""
+        return len(self._state.requests) > len(self._state.blocked)
+
+    @property
     def num_running(self) -> int:
         return len(self._state.running)
 
     @property
     def num_waiting(self) -> int:
-        return len(self._state.waiting)
+        """Those that are blocked among them."""
+        return len(self._state.waiting) + len(self._state.blocked)
 
     def stats(self) -> SchedulerStats:
         """A snapshot."""

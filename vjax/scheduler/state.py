@@ -1,10 +1,12 @@
-"""Where every request is, and the moves between the places: waiting, running (with a row and blocks), finished."""
+"""Where every request is, and the moves between the places: blocked, waiting, running (with a row and blocks),
+finished."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 from vjax.config.cache import CacheConfig
 from vjax.config.scheduler import SchedulerConfig
@@ -19,7 +21,8 @@ class SchedulerState:
     """Live requests, the resources that they hold, and the steps in flight.
 
     A running request has a device row and blocks; a waiting one has neither, though steps in flight may still owe it
-    tokens. Steps execute in order, so what a request held can be given away at once, whatever is in flight.
+    tokens. A blocked one is not in the queue yet: its grammar is being compiled. Steps execute in order, so what a
+    request held can be given away at once, whatever is in flight.
     """
 
     def __init__(self, config: SchedulerConfig, cache: CacheConfig, clock: Callable[[], float] = time.monotonic):
@@ -28,6 +31,7 @@ class SchedulerState:
         self.kv = KVCacheManager(cache.num_gpu_blocks, cache.block_size, cache.enable_prefix_caching)
         self.requests: dict[str, Request] = {}
         self.running: list[Request] = []
+        self.blocked: set[Request] = set()
         self.waiting: RequestQueue = PriorityQueue() if config.policy == "priority" else FCFSQueue()
         #: Taken from the end: low rows first.
         self.free_rows = list(range(config.max_num_seqs, 0, -1))
@@ -38,6 +42,14 @@ class SchedulerState:
         self.admits = True
         #: Live requests with a matcher.
         self.num_constrained = 0
+
+    def unblock(self, request: Request, matcher: Any) -> None:
+        """Blocked to waiting, behind those that wait already."""
+        self.blocked.remove(request)
+        request.status = RequestStatus.WAITING
+        request.matcher = matcher
+        self.num_constrained += 1
+        self.waiting.add(request)
 
     def start(self, request: Request, num_cached_tokens: int) -> None:
         """Waiting (and already popped from the queue) to running; its cached blocks are held already."""
@@ -70,6 +82,8 @@ class SchedulerState:
         """From anywhere to finished. `drop_finished` must follow."""
         if request.row:
             self._release(request)
+        elif request.status is RequestStatus.WAITING_FOR_GRAMMAR:
+            self.blocked.remove(request)
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason
         request.stop_reason = stop_reason
@@ -79,7 +93,7 @@ class SchedulerState:
     def drop_finished(self) -> None:
         """Removes finished requests from where they ran or waited, in one pass."""
         self.running = [request for request in self.running if request.row]
-        if len(self.running) + len(self.waiting) != len(self.requests):
+        if len(self.running) + len(self.waiting) + len(self.blocked) != len(self.requests):
             self.waiting.drop_finished()
 
     def victim(self) -> Request:
@@ -95,9 +109,9 @@ class SchedulerState:
 
     def check_integrity(self) -> None:
         """Asserts everything that must hold between any two calls of the scheduler."""
-        running, waiting = self.running, list(self.waiting)
-        live = {id(request) for request in running + waiting}
-        assert len(live) == len(running) + len(waiting), "a request is in two places"
+        running, waiting, blocked = self.running, list(self.waiting), list(self.blocked)
+        live = {id(request) for request in running + waiting + blocked}
+        assert len(live) == len(running) + len(waiting) + len(blocked), "a request is in two places"
         assert live == {id(request) for request in self.requests.values()}, "a live request is nowhere"
         assert all(request.request_id == key for key, request in self.requests.items())
 
@@ -106,8 +120,9 @@ class SchedulerState:
         rows = [request.row for request in running]
         assert sorted(rows + self.free_rows) == list(range(1, self.config.max_num_seqs + 1)), "rows are lost or shared"
         owed = Counter(id(r) for step in self.in_flight.values() for r in step.sampling_requests())
-        for request in running + waiting:
+        for request in running + waiting + blocked:
             is_running = request.row > 0
+            assert (request.status is RequestStatus.WAITING_FOR_GRAMMAR) == (request in self.blocked)
             assert (request.status is RequestStatus.RUNNING) == is_running
             assert is_running or not (request.block_ids or request.num_computed_tokens), "a waiting request holds KV"
             assert request.num_placeholders == owed[id(request)], "placeholders differ from the tokens in flight"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from vjax.errors import VjaxValidationError
 from vjax.messages import mask_width
 from vjax.structured.matcher import GrammarMatcher
+from vjax.structured.reasoning import ReasoningTags
 from vjax.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ class GrammarCompiler:
         vocab_size: Of the model.
         eos_token_ids: Given the tokenizer, the tokens that end a text; any of them may be drawn where the grammar may
             end, and nowhere else.
+        tags: Those of a model whose reasoning grammars leave free.
     """
 
     def __init__(
@@ -35,31 +38,57 @@ class GrammarCompiler:
         *,
         vocab_size: int,
         eos_token_ids: Callable[[Tokenizer], Sequence[int]],
+        tags: ReasoningTags | None = None,
     ):
         self._load = load
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
+        self._tags = tags
         self._loading = threading.Lock()
         self._tokens: LLTokenizer | None = None
         #: Guards what follows, and is never held for long: a grammar may take a second to compile.
         self._lock = threading.Lock()
-        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        #: Those that are being compiled among them, so that each is compiled once for all who wait.
+        self._compiled: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
 
     def matcher(self, grammar: str) -> GrammarMatcher:
-        """At the beginning of a text.
+        """At the beginning of a text. Compiles the grammar, or waits for another thread that does.
 
         Raises:
             VjaxValidationError: llguidance refuses the grammar, or the engine has no tokenizer that it can use.
         """
         with self._lock:
-            known = self._compiled.get(grammar)
-        compiled = known or self._compile(grammar)
-        with self._lock:
-            self._compiled[grammar] = compiled
+            future = self._compiled.get(grammar)
+            is_mine = future is None
+            if future is None:
+                future = self._compiled[grammar] = Future()
             self._compiled.move_to_end(grammar)
             if len(self._compiled) > _MAX_KEPT:
                 self._compiled.popitem(last=False)
-            return GrammarMatcher(compiled.deep_copy())
+        if is_mine:
+            try:
+                future.set_result(self._compile(grammar))
+            except BaseException as e:
+                with self._lock:
+                    if self._compiled.get(grammar) is future:
+                        del self._compiled[grammar]
+                future.set_exception(e)
+                raise
+        return self._copy(future)
+
+    def ready(self, grammar: str) -> GrammarMatcher | None:
+        """As `matcher`, at once; None where the grammar is not compiled."""
+        with self._lock:
+            future = self._compiled.get(grammar)
+            if future is None or not future.done() or future.exception() is not None:
+                return None
+            self._compiled.move_to_end(grammar)
+        return self._copy(future)
+
+    def _copy(self, future: Future[LLMatcher]) -> GrammarMatcher:
+        compiled = future.result()
+        with self._lock:
+            return GrammarMatcher(compiled.deep_copy(), self._tags)
 
     def _compile(self, grammar: str) -> LLMatcher:
         from llguidance import LLMatcher

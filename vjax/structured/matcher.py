@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vjax.structured.reasoning import ReasoningTags
+
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher
 
@@ -16,20 +18,44 @@ class GrammarMatcher:
 
     It knows nothing of steps: `follow` takes the tokens as they are known, so that its state is theirs after a
     preemption too.
+
+    Args:
+        matcher: At the beginning of a text.
+        tags: Those of a model that may reason first: the grammar holds from the end of the reasoning on.
+
+    Attributes:
+        is_reasoning: The grammar does not hold yet: every token may come next.
     """
 
-    __slots__ = ("_num_followed", "matcher")
+    __slots__ = ("_num_seen", "_tags", "is_reasoning", "matcher")
 
-    def __init__(self, matcher: LLMatcher):
+    def __init__(self, matcher: LLMatcher, tags: ReasoningTags | None = None):
         self.matcher = matcher
-        self._num_followed = 0
+        self.is_reasoning = tags is not None
+        self._tags = tags
+        #: Tokens of the sequence that need not be looked at again.
+        self._num_seen = 0
+
+    def copy(self) -> GrammarMatcher:
+        """Another one; neither has followed anything yet."""
+        assert self._num_seen == 0
+        return GrammarMatcher(self.matcher.deep_copy(), self._tags)
 
     def follow(self, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
         """Takes in what is new of a sequence, of which earlier calls had a prefix."""
-        new = token_ids[num_prompt_tokens + self._num_followed :]
+        first = max(self._num_seen, num_prompt_tokens)
+        if self.is_reasoning:
+            assert self._tags is not None
+            if self._num_seen == 0 and self._tags.has_ended(token_ids[:num_prompt_tokens]):
+                end = first
+            else:
+                end = self._tags.end_of_reasoning(token_ids, first)
+            self.is_reasoning = end is None
+            first = len(token_ids) if end is None else end
+        new = token_ids[first:]
         if new and not self.matcher.is_stopped():
             self.matcher.consume_tokens(new)  # pyright: ignore[reportArgumentType]
-        self._num_followed += len(new)
+        self._num_seen = len(token_ids)
 
     @property
     def error(self) -> str:
