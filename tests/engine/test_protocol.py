@@ -35,12 +35,12 @@ def test_requests():
         min_tokens=2,
     )  # fmt: skip
     sent.sampling_params.seed = -1  # of a child of n > 1, which the constructor would take for None
-    sent.sampling_params.structured_outputs = {"a": (1, np.arange(3))}
+    sent.sampling_params.watermarking = {"a": (1, np.arange(3))}
     sent.processor_values = (1.0, 0.25)
     (got,) = crossed(AddRequests([sent])).requests
-    array = got.sampling_params.structured_outputs.pop("a")[1]
+    array = got.sampling_params.watermarking.pop("a")[1]
     assert array.tolist() == [0, 1, 2] and type(array) is np.ndarray
-    sent.sampling_params.structured_outputs = {}
+    sent.sampling_params.watermarking = {}
     assert got == sent
     assert crossed(AddRequests([request(metrics=True)])).requests[0].metrics == RequestMetrics()
 
