@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 if os.environ.get("VJAX_TEST_PLATFORM", "cpu") == "cpu":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -22,3 +24,19 @@ def pytest_configure(config: pytest.Config) -> None:
     # xdist would start the files of the fewest tests last, and those are the longest ones: compilations and notebooks.
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
+
+
+@pytest.fixture(scope="session")
+def programs() -> dict[Any, Any]:
+    """What the engines of this process compiled while `shared_programs` was in use."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def shared_programs(programs: dict[Any, Any]) -> Iterator[None]:
+    """The module's engines run programs that others of their shape compiled: see tests/shared_programs.py."""
+    from tests.shared_programs import share
+
+    with pytest.MonkeyPatch.context() as patch:
+        share(patch, programs)
+        yield

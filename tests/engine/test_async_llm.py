@@ -31,6 +31,8 @@ from vjax.metrics import Counter, Gauge
 from vjax.outputs import CompletionOutput, RequestOutput
 from vjax.scheduler.factory import make_scheduler
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 CUMULATIVE, DELTA, FINAL_ONLY = RequestOutputKind
 #: As in other tests, so that what they compiled is found.
 SMALL = {"max_model_len": 256, "max_num_seqs": 4, "max_num_batched_tokens": 64, "kv_cache_memory_bytes": 16 << 20}

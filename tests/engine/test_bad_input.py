@@ -11,6 +11,8 @@ import pytest
 from vjax import LLM, ConfigError, ModelLoadError, OutOfMemoryError, SamplingParams, VjaxValidationError
 from vjax.weights.hub import resolve_model_path
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 MAX_LEN = 128
 SMALL = {"max_model_len": MAX_LEN, "max_num_seqs": 4, "max_num_batched_tokens": 128, "kv_cache_memory_bytes": 8 << 20}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=4)

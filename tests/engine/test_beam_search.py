@@ -14,6 +14,7 @@ from vjax import LLM, BeamSearchOutput, BeamSearchParams, SamplingParams, VjaxVa
 from vjax.weights.hub import resolve_model_path
 
 pytest.importorskip("torch", reason="Hugging Face in torch is the oracle")
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 MODEL = str(resolve_model_path("vjax-tiny"))
 NUM_TOKENS = 6

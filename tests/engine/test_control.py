@@ -35,6 +35,8 @@ from vjax.weights.hub import resolve_model_path
 from vjax.weights.loader import load_weights
 from vjax.weights.update import ArraySpec, Key
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 #: As in other tests, so that what they compiled is found.
 SMALL: dict[str, Any] = {
     "max_model_len": 256,

@@ -10,6 +10,8 @@ import pytest
 from vjax import LLM, SamplingParams, VjaxValidationError
 from vjax.errors import EngineStepError
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 PARAMS = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 PROMPTS = ["def add(a, b):", "import os", "class Node:", "for i in range("]
 

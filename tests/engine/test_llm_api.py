@@ -22,6 +22,8 @@ from vjax import (
 from vjax.metrics import Counter, Gauge, Histogram
 from vjax.text.chat import render_chat
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 BLOCK = 16
 #: vLLM's arguments that change nothing here ride along, as they do in programs written for vLLM.
 HARMLESS = {"enforce_eager": True, "swap_space": 4, "trust_remote_code": False, "tensor_parallel_size": 1}

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from vjax import LLM, AsyncEngineArgs, AsyncLLM, ConfigError, LogitsProcessor, SamplingParams, VjaxValidationError
 from vjax.sample.processors import History, end_thinking
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 TEXTS = ["def read_lines(path):\n", "class Stack:\n    def push(self", "import os\nimport sys\n", "x = [1, 2, 3"]
 #: The texts around "reasoning": the model writes neither of them where it is told to here.
 TAGS = {"reasoning_start_str": "import", "reasoning_end_str": "):\n"}

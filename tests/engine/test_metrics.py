@@ -26,6 +26,8 @@ from vjax.sampling_params import RequestOutputKind
 from vjax.scheduler.factory import make_scheduler
 from vjax.scheduler.stats import SchedulerStats
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 #: Seconds that a step takes on the device; exact in binary, as all times here.
 STEP = 0.5
 MAX_MODEL_LEN = 64

@@ -12,6 +12,7 @@ from tests.models.checkpoints import VOCAB_SIZE, hf_greedy, make_checkpoint
 from vjax import LLM, SamplingParams
 
 pytest.importorskip("torch", reason="Hugging Face in torch is the oracle")
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 MAX_MODEL_LEN = 192
 NUM_TOKENS = 24

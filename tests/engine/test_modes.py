@@ -8,6 +8,8 @@ import pytest
 
 from vjax import ConfigError
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 SMALL = {"max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 128, "kv_cache_memory_bytes": 8 << 20}
 
 

@@ -35,12 +35,13 @@ def test_requests():
         min_tokens=2,
     )  # fmt: skip
     sent.sampling_params.seed = -1  # of a child of n > 1, which the constructor would take for None
-    sent.sampling_params.watermarking = {"a": (1, np.arange(3))}
+    sent.sampling_params.logit_bias = {7: (1, np.arange(3))}  # of types that MessagePack does not keep
     sent.processor_values = (1.0, 0.25)
+    sent.grammar = 'start: "a"'
     (got,) = crossed(AddRequests([sent])).requests
-    array = got.sampling_params.watermarking.pop("a")[1]
+    array = got.sampling_params.logit_bias.pop(7)[1]
     assert array.tolist() == [0, 1, 2] and type(array) is np.ndarray
-    sent.sampling_params.watermarking = {}
+    sent.sampling_params.logit_bias = {}
     assert got == sent
     assert crossed(AddRequests([request(metrics=True)])).requests[0].metrics == RequestMetrics()
 
@@ -48,7 +49,8 @@ def test_requests():
 def test_parameters_of_the_text_stay():
     sent = request(
         stop=["x"], detokenize=True, skip_special_tokens=False, spaces_between_special_tokens=False,
-        include_stop_str_in_output=True, output_kind=RequestOutputKind.DELTA,
+        include_stop_str_in_output=True, output_kind=RequestOutputKind.DELTA, extra_args={"a": 1},
+        structured_outputs={"regex": "a"},
     )  # fmt: skip
     (got,) = crossed(AddRequests([sent])).requests
     assert got.sampling_params == SamplingParams()

@@ -6,6 +6,8 @@ import pytest
 
 from vjax import LLM, SamplingParams
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 SMALL = {"max_model_len": 128, "max_num_seqs": 2, "max_num_batched_tokens": 32, "num_gpu_blocks_override": 24}
 
 

@@ -15,6 +15,7 @@ from vjax.outputs import CompletionOutput, RequestOutput
 from vjax.weights.hub import resolve_model_path
 
 pytest.importorskip("torch", reason="Hugging Face in torch is the oracle")
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 MODEL = str(resolve_model_path("vjax-tiny"))
 NUM_TOKENS = 24

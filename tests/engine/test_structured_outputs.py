@@ -14,6 +14,8 @@ from tests.config.json_schema import accepts
 from tests.structured.schemas import random_schema
 from vjax import LLM, SamplingParams, StructuredOutputsParams, VjaxValidationError
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 #: As in test_sampling_features.py, whose compiled programs are found.
 SMALL = {"max_model_len": 128, "max_num_seqs": 8, "num_gpu_blocks_override": 200, "dtype": "float32"}
 PROMPT = "x = 1\n"

@@ -139,6 +139,7 @@ def report(call: str) -> str:
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         "JAX_PLATFORMS": "cpu",
         "MOSAIC_GPU_DUMP_PTXAS": "1",
+        "XLA_FLAGS": "",  # those of the tests are the CPU's
         "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
     }
     code = PROGRAM.replace("NUM_BLOCKS", str(NUM_BLOCKS)) + call
