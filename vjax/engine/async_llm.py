@@ -28,7 +28,8 @@ from vjax.engine.batch_args import Prompt, check_other_arguments
 from vjax.engine.client import EngineClient, ThreadClient, again, shut_down_error
 from vjax.engine.collector import OutputCollector, wake
 from vjax.engine.input_processor import InputProcessor, ProcessedRequest
-from vjax.engine.output_processor import OutputProcessor
+from vjax.engine.pooling import ProcessedPooling
+from vjax.engine.pooling_outputs import make_output_processor
 from vjax.engine.process_client import start_process
 from vjax.engine.protocol import Outputs
 from vjax.engine.recorder import MetricsRecorder
@@ -36,7 +37,8 @@ from vjax.engine.remote import OnModel, check_sleep, check_tags, remote_function
 from vjax.errors import EngineDeadError, VjaxValidationError
 from vjax.log import logger
 from vjax.metrics import Metric
-from vjax.outputs import RequestOutput
+from vjax.outputs import PoolingOutput, PoolingRequestOutput, RequestOutput
+from vjax.pooling_params import PoolingParams
 from vjax.sampling_params import RequestOutputKind, SamplingParams
 from vjax.text.tokenizer import Tokenizer
 
@@ -97,7 +99,7 @@ class AsyncLLM:
         self._recorder: MetricsRecorder | None = None
         if not info.config.disable_log_stats:
             self._recorder = MetricsRecorder(info.config.model.max_model_len, info.config.cache)
-        self._outputs = OutputProcessor(self.tokenizer, self._recorder, info.config.stream_interval)
+        self._outputs = make_output_processor(info.config, self.tokenizer, self._recorder)
         self._finalizer = weakref.finalize(self, self._client.shutdown)
         heap.freeze(self)
 
@@ -164,6 +166,50 @@ class AsyncLLM:
             if not finished:
                 self._drop(request_id, collector)
 
+    async def encode(
+        self,
+        prompt: Prompt,
+        pooling_params: PoolingParams,
+        request_id: str,
+        *,
+        priority: int = 0,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        **others: Any,
+    ) -> AsyncGenerator[PoolingRequestOutput[PoolingOutput], None]:
+        """What a model that pools makes of one prompt; iterate over the result, which is one output. A caller that stops
+        waiting, because its task is cancelled, aborts it.
+
+        Args:
+            pooling_params: Its task, None for what the model is made for, decides what the output's `data` are, as
+                `pooling_task` of `LLM.encode` does.
+            The rest: as `generate`.
+
+        Raises:
+            VjaxValidationError: The request can never run, its id is in use, or the engine generates.
+            EngineDeadError: The engine has ended, or ended meanwhile.
+        """
+        check_other_arguments("encode", others, "AsyncLLM")
+        arrival_time = time.monotonic()
+        self._check_alive()
+        process = functools.partial(
+            self._inputs.process_pooling,
+            request_id,
+            prompt,
+            pooling_params,
+            priority=priority,
+            arrival_time=arrival_time,
+            tokenization_kwargs=tokenization_kwargs,
+        )
+        processed = await asyncio.to_thread(process) if _is_long(prompt) else process()
+        collector = self._add(processed)
+        output = None
+        try:
+            output = await collector.get()
+        finally:
+            if output is None:
+                self._drop(request_id, collector)
+        yield output
+
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """Ends requests. Their callers get a last output with what there is, finish_reason "abort". Unknown and
         finished ids are ignored."""
@@ -176,12 +222,12 @@ class AsyncLLM:
         self._client.abort_requests(core_ids)
         self._wake(waiters)
 
-    def _add(self, processed: ProcessedRequest) -> OutputCollector:
+    def _add(self, processed: ProcessedRequest | ProcessedPooling) -> OutputCollector:
         request_id = processed.request_id
         for request in processed.requests:
             # Outputs of an aborted request, which may still be on the way, are not those of a later one of its id.
             request.request_id = f"{next(self._numbers)}:{request.request_id}"
-        delta = processed.params.output_kind is RequestOutputKind.DELTA
+        delta = getattr(processed.params, "output_kind", None) is RequestOutputKind.DELTA
         collector = OutputCollector(asyncio.get_running_loop(), delta=delta)
         with self._lock:
             self._check_alive()
@@ -236,7 +282,7 @@ class AsyncLLM:
                 _put(waiters, collector, again(error))
         self._wake(waiters)
 
-    def _deliver(self, outputs: Sequence[RequestOutput]) -> _Waiters:
+    def _deliver(self, outputs: Sequence[Any]) -> _Waiters:
         """Puts outputs where their callers find them; returns the callers that sleep. The lock is held."""
         waiters: _Waiters = {}
         for output in outputs:
@@ -404,7 +450,7 @@ AsyncLLMEngine = AsyncLLM
 _Waiters = dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]]
 
 
-def _put(waiters: _Waiters, collector: OutputCollector, output: RequestOutput | BaseException) -> None:
+def _put(waiters: _Waiters, collector: OutputCollector, output: Any) -> None:
     waiter = collector.put(output)
     if waiter is not None:
         waiters.setdefault(collector.loop, []).append(waiter)
