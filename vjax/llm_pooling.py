@@ -1,4 +1,4 @@
-"""What `LLM` does with a model that pools: `encode`, `embed`, `classify`, `reward` and `score`, with vLLM's semantics."""
+"""What `LLM` does with a model that pools: `encode`, `embed`, `classify`, `reward` and `score`, as in vLLM."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ Pooled = PoolingRequestOutput[PoolingOutput]
 
 
 class PoolingMethods:
-    """Part of `LLM`. All methods raise a VjaxValidationError where the engine generates, the model does not do the task,
-    or a prompt or parameter is invalid; no request of the call stays behind then."""
+    """Part of `LLM`. All methods raise a VjaxValidationError where the engine generates, the model does not do the
+    task, or a prompt or parameter is invalid; no request of the call stays behind then."""
 
     llm_engine: BaseLLMEngine
 

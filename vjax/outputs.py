@@ -1,5 +1,5 @@
-"""What the engine hands back: one `RequestOutput` per prompt, with one `CompletionOutput` per completion; of a model that
-pools one `PoolingRequestOutput` per prompt; and, to who records steps, one `StepRecord` per step."""
+"""What the engine hands back: one `RequestOutput` per prompt, with one `CompletionOutput` per completion; of a model
+that pools one `PoolingRequestOutput` per prompt; and, to who records steps, one `StepRecord` per step."""
 
 from __future__ import annotations
 

@@ -176,8 +176,8 @@ class AsyncLLM:
         tokenization_kwargs: Mapping[str, Any] | None = None,
         **others: Any,
     ) -> AsyncGenerator[PoolingRequestOutput[PoolingOutput], None]:
-        """What a model that pools makes of one prompt; iterate over the result, which is one output. A caller that stops
-        waiting, because its task is cancelled, aborts it.
+        """What a model that pools makes of one prompt; iterate over the result, which is one output. A caller whose
+        task is cancelled aborts it.
 
         Args:
             pooling_params: Its task, None for what the model is made for, decides what the output's `data` are, as
@@ -202,12 +202,11 @@ class AsyncLLM:
         )
         processed = await asyncio.to_thread(process) if _is_long(prompt) else process()
         collector = self._add(processed)
-        output = None
         try:
             output = await collector.get()
-        finally:
-            if output is None:
-                self._drop(request_id, collector)
+        except BaseException:
+            self._drop(request_id, collector)
+            raise
         yield output
 
     async def abort(self, request_id: str | Iterable[str]) -> None:

@@ -149,7 +149,8 @@ class BaseLLMEngine:
         """One step of the engine.
 
         Returns:
-            `RequestOutput`s, or `PoolingRequestOutput`s of an engine that pools: what is to be handed out now, as each request's output_kind asks; empty lists are normal.
+            `RequestOutput`s, or `PoolingRequestOutput`s of an engine that pools: what is to be handed out now, as each
+            request's output_kind asks; empty lists are normal.
 
         Raises:
             KeyboardInterrupt: Ctrl-C arrived; the engine is intact and the step's outputs come with the next call.

@@ -200,8 +200,8 @@ class InputProcessor:
             raise _error("pooling_params", params, f"is a {type(params).__name__}; pass a PoolingParams")
         if self._pooling is None:
             raise VjaxValidationError(
-                "This engine generates text and does not pool: create it with runner='pooling' (and convert='embed' for "
-                "embeddings of a model that was made to generate).",
+                "This engine generates text and does not pool: create it with runner='pooling' (and convert='embed' "
+                "for embeddings of a model that was made to generate).",
                 parameter="pooling_params",
             )
         return self._pooling
@@ -308,8 +308,8 @@ class InputProcessor:
             if len(token_ids) > self._max_model_len:
                 raise VjaxValidationError(
                     f"The prompt (length {len(token_ids)}) is longer than the maximum model length of "
-                    f"{self._max_model_len}. Shorten it, pass truncate_prompt_tokens, or raise max_model_len if the model "
-                    "allows it.",
+                    f"{self._max_model_len}. Shorten it, pass truncate_prompt_tokens, or raise max_model_len if the "
+                    "model allows it.",
                     parameter="prompt",
                     value=len(token_ids),
                 )

@@ -1,4 +1,5 @@
-"""Whether an engine generates or pools, and how: from its arguments, config.json and sentence-transformers' files. No jax.
+"""Whether an engine generates or pools, and how: from its arguments, config.json and sentence-transformers' files.
+No jax.
 
 Rules as in vLLM, but where a comment says otherwise.
 """

@@ -48,8 +48,8 @@ def read_sentence_transformer(model_dir: Path) -> SentenceTransformer | None:
     unknown = sorted(set(kinds) - {"Transformer", "Pooling", "Normalize"})
     if unknown:
         raise ModelLoadError(
-            f"{path} names {', '.join(unknown)}; supported are Transformer, Pooling and Normalize. Without the file the "
-            "states of the last token are the embedding, or what pooler_config says.",
+            f"{path} names {', '.join(unknown)}; supported are Transformer, Pooling and Normalize. Without the file "
+            "the states of the last token are the embedding, or what pooler_config says.",
             parameter=MODULES_FILE,
             value=unknown,
         )
@@ -69,8 +69,8 @@ def _pooling_type(path: Path) -> str:
         asked = [str(name) for name in (mode if isinstance(mode, list) else [mode])]
     if len(asked) != 1 or asked[0] not in _MODES:
         raise ModelLoadError(
-            f"{path} asks for {' and '.join(asked) or 'no pooling'}; exactly one of the first token (cls), the mean and "
-            "the last token is supported.",
+            f"{path} asks for {' and '.join(asked) or 'no pooling'}; exactly one of the first token (cls), the mean "
+            "and the last token is supported.",
             parameter="pooling_mode",
             value=asked,
         )

@@ -1,5 +1,5 @@
-"""The scheduler of a model that pools: nothing is sampled, and a request ends with the step that computes the last token
-of its prompt.
+"""The scheduler of a model that pools: nothing is sampled, and a request ends with the step that computes the last
+token of its prompt.
 
 States of tokens are asked for as their chunks are scheduled, each once: what a preempted request computes again is not
 asked for again. So prompts may be split, whatever becomes of their tokens.
@@ -16,7 +16,7 @@ from vjax.scheduler.step import InFlightStep
 
 
 class PoolingScheduler(Scheduler):
-    """Of requests with a `pooling_type`. Where a request that generates samples its first token, one that pools ends."""
+    """Of requests with a `pooling_type`: where one that generates samples its first token, it ends."""
 
     def schedule(self) -> SchedulerOutput:
         scheduled = super().schedule()
