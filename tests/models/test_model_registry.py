@@ -50,7 +50,7 @@ def test_a_class():
     ModelRegistry.register_model("OwnForCausalLM", OwnForCausalLM)
     assert get_model_class(arch_config_from_hf(CONFIG)) is OwnForCausalLM
     assert supported_architectures()[-1] == "OwnForCausalLM"
-    assert ModelRegistry.get_supported_archs() == {*registry.MODELS, "OwnForCausalLM"}
+    assert ModelRegistry.get_supported_archs() == {*registry.MODELS, *registry.POOLING_MODELS, "OwnForCausalLM"}
 
 
 def test_one_of_vjaxs_own_is_replaced(caplog, monkeypatch):
