@@ -24,13 +24,13 @@ from vjax.outputs import EmbeddingRequestOutput, PoolingRequestOutput
 pytest.importorskip("torch", reason="Hugging Face in torch is the oracle")
 
 MAX_LEN = 128
-#: One program to compile; the longest prompts are four chunks.
+#: One forward to compile; the longest prompt is eight chunks.
 SMALL = {
     "skip_tokenizer_init": True,
     "dtype": "float32",
     "max_model_len": MAX_LEN,
     "max_num_seqs": 4,
-    "max_num_batched_tokens": 32,
+    "max_num_batched_tokens": 16,
     "kv_cache_memory_bytes": 8 << 20,
 }
 _rng = np.random.default_rng(5)
@@ -162,14 +162,14 @@ def test_mean_by_sentence_transformers_files(folder):
         close(output.outputs.embedding, hf_states(plain, prompt).mean(axis=0))
     close(with_length[0].outputs.embedding, unit(hf_states(plain, PROMPTS[5]).mean(axis=0)))
     assert again[0].num_cached_tokens == 0
-    assert outputs[5].outputs == again[0].outputs == awake[0].outputs
+    close(again[0].outputs.embedding, outputs[5].outputs.embedding)
+    assert again[0].outputs == awake[0].outputs
 
 
 def test_first_token_and_shorter_embeddings(folder):
     path = make_pooling_checkpoint("qwen3-bare", folder)
-    with LLM(
-        path, pooler_config=PoolerConfig(pooling_type="CLS"), use_v1=False, **SMALL | {"max_num_batched_tokens": 128}
-    ) as llm:
+    v0 = {"use_v1": False, "enable_chunked_prefill": True}
+    with LLM(path, pooler_config=PoolerConfig(pooling_type="CLS"), **v0, **SMALL) as llm:
         outputs = llm.embed(PROMPTS, **QUIET)
         short = llm.embed(PROMPTS[:2], pooling_params=[PoolingParams(dimensions=16), PoolingParams()], **QUIET)
         with pytest.raises(VjaxValidationError, match="dimensions=8 is none of the sizes .*: 16, 32"):
@@ -177,7 +177,7 @@ def test_first_token_and_shorter_embeddings(folder):
     for prompt, output in zip(PROMPTS, outputs, strict=True):
         close(output.outputs.embedding, unit(hf_states(path, prompt)[0]))
     close(short[0].outputs.embedding, unit(hf_states(path, PROMPTS[0])[0, :16]))
-    assert short[1].outputs == outputs[1].outputs
+    close(short[1].outputs.embedding, outputs[1].outputs.embedding)
 
 
 # ---- classes, scores and rewards ----------------------------------------------------------------------------------
@@ -259,14 +259,14 @@ def test_rewards_of_steps(folder):
 # ---- engines -------------------------------------------------------------------------------------------------------
 
 
-def test_a_model_that_generates_says_what_to_do():
-    with LLM("vjax-tiny", **{**SMALL, "skip_tokenizer_init": False}) as llm:
+def test_a_model_that_generates_says_what_to_do(folder):
+    with LLM(make_pooling_checkpoint("qwen2-causal", folder), **SMALL) as llm:
         for call in (llm.embed, llm.encode, llm.classify, llm.reward, lambda p, **kw: llm.score(p, p, **kw)):
             with pytest.raises(ValueError, match="runner='pooling' .*convert='embed'"):
                 call("def f(", **QUIET)
         with pytest.raises(ValueError, match="runner='pooling'"):
-            llm.llm_engine.add_request("r", "def f(", PoolingParams())
-        assert len(llm.generate("def f(", SamplingParams(max_tokens=2), **QUIET)[0].outputs[0].token_ids) == 2
+            llm.llm_engine.add_request("r", [5], PoolingParams())
+        assert not llm.llm_engine.has_unfinished_requests()
 
 
 @pytest.mark.parametrize(
@@ -342,12 +342,10 @@ def test_async(folder):
         return [o async for o in engine.encode(prompt, PoolingParams(**params), str(number))]
 
     async def main(engine):
-        results = await asyncio.gather(
-            *(encode(engine, i) for i in range(len(PROMPTS))), encode(engine, 0, task="score"), return_exceptions=True
-        )
-        return results
+        calls = [encode(engine, i) for i in range(len(PROMPTS))]
+        return await asyncio.gather(*calls, encode(engine, 0, task="score"), return_exceptions=True)
 
-    with AsyncLLM(args, multiprocess=True) as engine:
+    with AsyncLLM(args, multiprocess=False) as engine:
         *results, refused = asyncio.run(main(engine))
         assert engine.get_num_unfinished_requests() == 0
     for prompt, (output,) in zip(PROMPTS, results, strict=True):
