@@ -81,7 +81,9 @@ def as_sentence_transformer(path: str, directory: Path, pooling: dict, *, normal
 def embedder(folder):
     """Pools the last token: what a bare decoder is made for."""
     with LLM(make_pooling_checkpoint("llama-bare", folder), **SMALL, disable_log_stats=False) as llm:
+        llm.llm_engine.warm_up()
         yield llm
+        assert llm.llm_engine.num_compilations_while_serving == 0
 
 
 @pytest.fixture
@@ -172,7 +174,7 @@ def test_first_token_and_shorter_embeddings(folder):
     with LLM(path, pooler_config=PoolerConfig(pooling_type="CLS"), **v0, **SMALL) as llm:
         outputs = llm.embed(PROMPTS, **QUIET)
         short = llm.embed(PROMPTS[:2], pooling_params=[PoolingParams(dimensions=16), PoolingParams()], **QUIET)
-        with pytest.raises(VjaxValidationError, match="dimensions=8 is none of the sizes .*: 16, 32"):
+        with pytest.raises(VjaxValidationError, match=r"dimensions=8 is none of the sizes .*: 16, 32"):
             llm.embed(PROMPTS, pooling_params=PoolingParams(dimensions=8), **QUIET)
     for prompt, output in zip(PROMPTS, outputs, strict=True):
         close(output.outputs.embedding, unit(hf_states(path, prompt)[0]))
@@ -244,7 +246,7 @@ def test_rewards_of_steps(folder):
     path, head = make_reward_checkpoint(folder)
     plain = make_pooling_checkpoint("qwen2-causal", folder)
     prompt = [*PROMPTS[5][:40], 99, *PROMPTS[5][40:], 99]
-    with LLM(path, pooler_config={"pooling_type": "STEP", "step_tag_id": 99}, **SMALL) as llm:
+    with LLM(path, task="reward", pooler_config={"step_tag_id": 99}, **SMALL) as llm:
         (steps,) = llm.reward(prompt, **QUIET)
         (good,) = llm.reward(
             prompt, pooling_params=PoolingParams(returned_token_ids=[1], use_activation=False), **QUIET
@@ -262,7 +264,7 @@ def test_rewards_of_steps(folder):
 def test_a_model_that_generates_says_what_to_do(folder):
     with LLM(make_pooling_checkpoint("qwen2-causal", folder), **SMALL) as llm:
         for call in (llm.embed, llm.encode, llm.classify, llm.reward, lambda p, **kw: llm.score(p, p, **kw)):
-            with pytest.raises(ValueError, match="runner='pooling' .*convert='embed'"):
+            with pytest.raises(ValueError, match=r"runner='pooling' .*convert='embed'"):
                 call("def f(", **QUIET)
         with pytest.raises(ValueError, match="runner='pooling'"):
             llm.llm_engine.add_request("r", [5], PoolingParams())

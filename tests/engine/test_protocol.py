@@ -37,7 +37,6 @@ def test_requests():
     sent.sampling_params.seed = -1  # of a child of n > 1, which the constructor would take for None
     sent.sampling_params.structured_outputs = {"a": (1, np.arange(3))}
     sent.processor_values = (1.0, 0.25)
-    sent.pooling_type = "MEAN"
     (got,) = crossed(AddRequests([sent])).requests
     array = got.sampling_params.structured_outputs.pop("a")[1]
     assert array.tolist() == [0, 1, 2] and type(array) is np.ndarray
@@ -72,9 +71,14 @@ def test_outputs():
     got = crossed(sent)
     assert (got.outputs, got.stats, got.progress) == (outputs, sent.stats, {"a": (1.5, 16, 2)})
     assert len(encode(Outputs([EngineOutput("12:abc", [50_000])]))) < 25
+
+
+def test_pooling():
+    sent = dataclasses.replace(request(), pooling_type="MEAN")
+    assert crossed(AddRequests([sent])).requests == [sent]
     states = np.arange(6, dtype=np.float32).reshape(2, 3)
-    (pooled,) = crossed(Outputs([EngineOutput("e", [], "stop", pooled=states)])).outputs
-    assert pooled.pooled.dtype == np.float32 and pooled.pooled.tolist() == states.tolist()
+    (got,) = crossed(Outputs([EngineOutput("e", [], "stop", pooled=states)])).outputs
+    assert got.pooled.dtype == np.float32 and got.pooled.tolist() == states.tolist()
 
 
 def test_commands():

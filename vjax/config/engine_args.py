@@ -13,7 +13,7 @@ from vjax.config import checks, vllm_args
 from vjax.config.cache import CacheConfig
 from vjax.config.engine_config import DEFAULT_MAX_LOGPROBS, EngineConfig, LoadConfig, ModelConfig
 from vjax.config.generation import resolve_generation
-from vjax.config.pooler import CONVERTS, RUNNERS, Pooling, pooler_config
+from vjax.config.pooler import CONVERTS, ENGINE_TASKS, RUNNERS, Pooling, pooler_config
 from vjax.config.resolve import (
     DTYPE_ALIASES,
     DTYPES,
@@ -109,6 +109,8 @@ class EngineArgs:
     #: What "pooling" makes of a model: "embed" (no head), "classify" (a score head) or "reward" (no head, and tasks on
     #: tokens). "none" and "auto": what the model is made for; one that generates embeds.
     convert: str = "auto"
+    #: Former argument for both: "generate", "embed", "classify", "score" or "reward".
+    task: str | None = None
     #: What a model that pools makes of the states of a prompt's tokens, see `vjax.PoolerConfig`.
     pooler_config: dict[str, Any] | None = None
     #: pooler_config under its former name.
@@ -121,6 +123,9 @@ class EngineArgs:
         raise_problems(problems)
         for name, value in values.items():
             setattr(self, name, value)
+        self._rename_former_arguments()
+
+    def _rename_former_arguments(self) -> None:
         if self.override_pooler_config is not None:
             if self.pooler_config is not None:
                 raise ConfigError(
@@ -129,6 +134,14 @@ class EngineArgs:
                     value=self.override_pooler_config,
                 )
             self.pooler_config, self.override_pooler_config = self.override_pooler_config, None
+        if self.task is not None:
+            if (self.runner, self.convert) != ("auto", "auto"):
+                raise ConfigError(
+                    f"task={self.task!r} stands for runner and convert, and those are given too; leave task out.",
+                    parameter="task",
+                    value=self.task,
+                )
+            (self.runner, self.convert), self.task = ENGINE_TASKS[self.task], None
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> EngineArgs:
@@ -261,6 +274,7 @@ def _eos_token_ids(arch: Any, hf_config: Mapping[str, Any]) -> tuple[int, ...]:
 
 _dtype_name = checks.choice("auto", *DTYPES, *DTYPE_ALIASES)
 _length = checks.integer(2)
+_task = checks.choice(*ENGINE_TASKS)
 
 
 def _dtype(value: Any) -> str:
@@ -348,6 +362,9 @@ CHECKS: dict[str, checks.Check] = {
     "profiler_dir": checks.optional(checks.path),
     "runner": checks.choice(*RUNNERS),
     "convert": checks.choice(*CONVERTS),
+    "task": checks.Check(
+        lambda value: None if value is None else _task(value), {"enum": [*_task.schema["enum"], None]}
+    ),
     "pooler_config": checks.optional(pooler_config),
     "override_pooler_config": checks.optional(pooler_config),
     "use_v1": _optional_bool,

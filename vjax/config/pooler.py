@@ -12,6 +12,16 @@ from vjax.errors import ConfigError
 
 RUNNERS = ("auto", "generate", "pooling")
 CONVERTS = ("auto", "none", "embed", "classify", "reward")
+#: vLLM's former argument task -> runner and convert.
+ENGINE_TASKS = {
+    "auto": ("auto", "auto"),
+    "generate": ("generate", "auto"),
+    "embed": ("pooling", "embed"),
+    "embedding": ("pooling", "embed"),
+    "classify": ("pooling", "classify"),
+    "score": ("pooling", "auto"),
+    "reward": ("pooling", "reward"),
+}
 SEQUENCE_POOLING_TYPES = ("LAST", "MEAN", "CLS")
 TOKEN_POOLING_TYPES = ("ALL", "STEP")
 
