@@ -46,7 +46,7 @@ def _list(*, as_json: bool) -> int:
     }
     texts |= {name: f"{base} {_HEADS[head]}" for name, (base, head) in POOLING_MODELS.items()}
     for architecture, text in texts.items():
-        print(json.dumps({"architecture": architecture, "models": text}) if as_json else f"{architecture:30s} {text}")
+        print(json.dumps({"architecture": architecture, "models": text}) if as_json else f"{architecture:32s} {text}")
     if not as_json:
         print("`vjax models MODEL` says whether a checkpoint is supported.", file=sys.stderr)
     return 0

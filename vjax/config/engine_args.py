@@ -106,8 +106,9 @@ class EngineArgs:
     profiler_dir: str | None = None
     #: "generate", or "pooling": prompts become embeddings, classes or scores. "auto": what the model is made for.
     runner: str = "auto"
-    #: What "pooling" makes of a model: "embed" (no head), "classify" (a score head) or "reward" (no head, and tasks on
-    #: tokens). "none" and "auto": what the model is made for; one that generates embeds.
+    #: What "pooling" makes of a model: "embed" (its states are the results), "classify" (its score head's outputs are)
+    #: or "reward" (outputs of every token: the score head's, or states where there is none). "none" and "auto": what
+    #: the model is made for; one that generates embeds.
     convert: str = "auto"
     #: Former argument for both: "generate", "embed", "classify", "score" or "reward".
     task: str | None = None
