@@ -191,15 +191,20 @@ def test_classes(folder):
         probs = llm.classify(PROMPTS, **QUIET)
         logits = llm.classify(PROMPTS, pooling_params=PoolingParams(use_activation=False), **QUIET)
         tokens = llm.encode(PROMPTS[5], pooling_task="token_classify", **QUIET)[0].outputs.data
+        # Only the front end says how the states of a prompt are pooled.
+        inputs = llm.llm_engine._inputs
+        inputs._pooling = dataclasses.replace(llm.llm_engine.config.model.pooling, sequence_type="MEAN")
+        means = llm.encode(PROMPTS, PoolingParams(use_activation=False), pooling_task="classify", **QUIET)
         for call, parts in [(llm.embed, "embed"), (lambda p, **kw: llm.score(p, p, **kw), "score")]:
             with pytest.raises(VjaxValidationError, match=f"pooling_task='{parts}' is not what this model does"):
                 call("x", **QUIET)
-    for prompt, p, raw in zip(PROMPTS, probs, logits, strict=True):
+    head = hf_head(path)
+    for prompt, p, raw, mean in zip(PROMPTS, probs, logits, means, strict=True):
         wanted = hf_class_logits(path, prompt)
+        close(mean.outputs.data, hf_states(path, prompt).mean(axis=0) @ head.T)
         close(raw.outputs.probs, wanted)
         close(p.outputs.probs, softmax(wanted))
         assert p.outputs.num_classes == 3
-    head = hf_head(path)
     close(tokens, softmax(hf_states(path, PROMPTS[5]) @ head.T))
 
 
@@ -210,7 +215,7 @@ def hf_head(path: str) -> np.ndarray:
 
 
 def test_pairs(folder):
-    """A head of one label scores both texts in one prompt; means of classifiers are means of states."""
+    """A head of one label scores both texts in one prompt."""
     path = make_pooling_checkpoint("qwen3-reranker", folder)
     words = ["<s>", "</s>", "what", "is", "jax", "a", "library", "city", "[SEP]"]
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, "<s>"))
@@ -235,11 +240,6 @@ def test_pairs(folder):
     close([o.outputs.score for o in one], [sigmoid(hf_class_logits(path, i))[0] for i in ids[:2]])
     close([o.outputs.score for o in many], [hf_class_logits(path, i)[0] for i in (ids[0], ids[2])])
     close(single.outputs.probs, sigmoid(hf_class_logits(path, [0, 2, 3, 4])))
-    config = {"seq_pooling_type": "MEAN"}
-    with LLM(path, override_pooler_config=config, **SMALL) as llm:
-        means = llm.encode(PROMPTS, PoolingParams(use_activation=False), pooling_task="classify", **QUIET)
-    for prompt, mean in zip(PROMPTS, means, strict=True):
-        close(mean.outputs.data, hf_states(path, prompt).mean(axis=0) @ hf_head(path).T)
 
 
 def test_rewards_of_steps(folder):
@@ -391,7 +391,7 @@ def test_files_of_sentence_transformers_that_ask_for_more(folder, tmp_path):
         LLM(target, **SMALL)
 
 
-def test_pooler_config_is_data():
-    assert dataclasses.asdict(PoolerConfig(pooling_type="MEAN"))["pooling_type"] == "MEAN"
+def test_a_pooling_type_stands_for_one_of_the_two():
+    assert (PoolerConfig("MEAN").sequence_type, PoolerConfig("STEP").token_type) == ("MEAN", "STEP")
     with pytest.raises(ConfigError, match="excludes"):
         PoolerConfig(pooling_type="MEAN", tok_pooling_type="ALL")
