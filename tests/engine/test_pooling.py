@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ pytest.importorskip("torch", reason="Hugging Face in torch is the oracle")
 
 MAX_LEN = 128
 #: One forward to compile; the longest prompt is eight chunks.
-SMALL = {
+SMALL: dict[str, Any] = {
     "skip_tokenizer_init": True,
     "dtype": "float32",
     "max_model_len": MAX_LEN,
@@ -35,7 +36,7 @@ SMALL = {
 }
 _rng = np.random.default_rng(5)
 PROMPTS = [_rng.integers(3, 160, n).tolist() for n in (1, 2, 15, 16, 33, 100, MAX_LEN, 7)]
-QUIET = {"use_tqdm": False}
+QUIET: dict[str, Any] = {"use_tqdm": False}
 
 
 @pytest.fixture(scope="module")
@@ -192,8 +193,9 @@ def test_classes(folder):
         logits = llm.classify(PROMPTS, pooling_params=PoolingParams(use_activation=False), **QUIET)
         tokens = llm.encode(PROMPTS[5], pooling_task="token_classify", **QUIET)[0].outputs.data
         # Only the front end says how the states of a prompt are pooled.
-        inputs = llm.llm_engine._inputs
-        inputs._pooling = dataclasses.replace(llm.llm_engine.config.model.pooling, sequence_type="MEAN")
+        pooling = llm.llm_engine.config.model.pooling
+        assert pooling is not None
+        llm.llm_engine._inputs._pooling = dataclasses.replace(pooling, sequence_type="MEAN")
         means = llm.encode(PROMPTS, PoolingParams(use_activation=False), pooling_task="classify", **QUIET)
         for call, parts in [(llm.embed, "embed"), (lambda p, **kw: llm.score(p, p, **kw), "score")]:
             with pytest.raises(VjaxValidationError, match=f"pooling_task='{parts}' is not what this model does"):
@@ -226,7 +228,7 @@ def test_pairs(folder):
     backend.save(str(Path(path) / "tokenizer.json"))
     queries, documents = ["what is jax", "a city"], ["jax is a library", "what is a city"]
     ids = [[0, 2, 3, 4, 8, 4, 3, 5, 6, 1], [0, 2, 3, 4, 8, 2, 3, 5, 7, 1], [0, 5, 7, 8, 2, 3, 5, 7, 1]]
-    with LLM(path, **SMALL | {"skip_tokenizer_init": False}) as llm:
+    with LLM(path, **{**SMALL, "skip_tokenizer_init": False}) as llm:
         one = llm.score(queries[0], documents, **QUIET)
         many = llm.score(queries, documents, pooling_params=PoolingParams(use_activation=False), **QUIET)
         (single,) = llm.classify("what is jax", **QUIET)
@@ -343,7 +345,7 @@ def test_async(folder):
         prompt = {"prompt_token_ids": PROMPTS[number]}
         return [o async for o in engine.encode(prompt, PoolingParams(**params), str(number))]
 
-    async def main(engine):
+    async def main(engine) -> list[Any]:
         calls = [encode(engine, i) for i in range(len(PROMPTS))]
         return await asyncio.gather(*calls, encode(engine, 0, task="score"), return_exceptions=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ EMBED = ("embed", "token_embed")
 CLASSIFY = ("classify", "token_classify")
 
 
-def resolve(architecture, folder, fields=None, **arguments):
+def resolve(architecture: str, folder, fields=None, **arguments) -> Any:
     args = EngineArgs(**arguments)
     config = {**CONFIG, "architectures": [architecture], **(fields or {})}
     return resolve_model(config, folder, runner=args.runner, convert=args.convert, pooler_config=args.pooler_config)
