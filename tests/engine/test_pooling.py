@@ -337,6 +337,21 @@ def test_a_step_that_fails_ends_its_own_requests(embedder, still_works, monkeypa
     close(outputs["2"].outputs.data, unit(hf_states(path, PROMPTS[4])))
 
 
+def test_aborted_requests(embedder, still_works):
+    engine = embedder.llm_engine
+    for i, prompt in enumerate((PROMPTS[5], PROMPTS[6], PROMPTS[4])):
+        engine.add_request(str(i), prompt, PoolingParams())
+    engine.step()
+    engine.abort_request("1")
+    embedder.sleep(level=0, mode="abort")
+    embedder.wake_up()
+    outputs = engine.step()
+    assert [(o.request_id, o.finished, o.error, o.outputs.data.size) for o in outputs] == [
+        ("0", True, "abort", 0),
+        ("2", True, "abort", 0),
+    ]
+
+
 def test_async(folder):
     path = make_pooling_checkpoint("llama-bare", folder)
     args = AsyncEngineArgs.from_kwargs(model=path, **SMALL)

@@ -169,4 +169,5 @@ def test_read_hf_config(tmp_path):
 def test_registry():
     for architecture in supported_architectures():
         arch = arch_config_from_hf({**LLAMA, "architectures": [architecture]})
-        assert get_model_class(arch).__name__ == architecture
+        base, head = POOLING_MODELS.get(architecture, (architecture, "lm"))
+        assert (get_model_class(arch).__name__, arch.head) == (base, head)
