@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 from dataclasses import dataclass
 
 from vjax.errors import VjaxValidationError
@@ -51,8 +51,9 @@ class PoolingParams:
             raise _error("task", self.task, "must be the name of a task, or None")
 
     def clone(self) -> PoolingParams:
-        """A deep copy."""
-        return copy.deepcopy(self)
+        """A copy that shares no list with the original. Values assigned after construction are checked here."""
+        ids = self.returned_token_ids
+        return dataclasses.replace(self, returned_token_ids=None if ids is None else list(ids))
 
 
 def _is_integer(value: object, low: int) -> bool:

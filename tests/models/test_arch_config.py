@@ -8,7 +8,13 @@ import pytest
 
 from vjax.errors import ModelLoadError
 from vjax.models.arch import RopeConfig
-from vjax.models.registry import arch_config_from_hf, get_model_class, read_hf_config, supported_architectures
+from vjax.models.registry import (
+    POOLING_MODELS,
+    arch_config_from_hf,
+    get_model_class,
+    read_hf_config,
+    supported_architectures,
+)
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

@@ -32,6 +32,9 @@ from vjax.text.tokenizer import Tokenizer
 MAX_BAD_WORDS_TOKENS = 1024
 #: EOS and stop ids that a device row can mask while min_tokens is not reached.
 MAX_MASKED_TOKEN_IDS = 64
+#: By whether it skips reading the prefix cache: what a pooling request, which samples nothing, has in place of
+#: sampling parameters.
+_OF_POOLING = {skips: SamplingParams(max_tokens=1, skip_reading_prefix_cache=skips) for skips in (False, True)}
 _PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 _PROMPT_FORMS = 'a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": [...]}'
 
@@ -181,7 +184,7 @@ class InputProcessor:
         request = EngineRequest(
             request_id=request_id,
             prompt_token_ids=token_ids,
-            sampling_params=SamplingParams(max_tokens=1, skip_reading_prefix_cache=bool(skips) or kind != "LAST"),
+            sampling_params=_OF_POOLING[bool(skips) or kind != "LAST"],
             eos_token_id=None,
             arrival_time=arrival_time,
             priority=priority,
