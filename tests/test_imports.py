@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LEAVES = {"beam_search", "config", "envs", "errors", "log", "logits_processor", "logprobs", "messages", "metrics"}
-LEAVES |= {"outputs", "request", "sampling_params", "structured_outputs"}
+LEAVES |= {"outputs", "pooling_params", "request", "sampling_params", "structured_outputs"}
 #: Package of vjax -> the packages that it may import, leaves apart.
 ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
@@ -24,7 +24,8 @@ ALLOWED: dict[str, set[str]] = {
     "engine": {"models", "parallel", "runner", "scheduler", "structured", "text", "v1", "weights"},
     "kv": set(),
     "layers": {"models", "parallel"},
-    "llm": {"engine", "text"},
+    "llm": {"engine", "llm_pooling", "text"},
+    "llm_pooling": {"engine"},
     "models": {"layers"},
     "parallel": set(),
     "parsers": set(),

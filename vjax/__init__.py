@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vjax.beam_search import BeamSearchOutput, BeamSearchSequence
     from vjax.config.engine_args import AsyncEngineArgs, EngineArgs
+    from vjax.config.pooler import PoolerConfig
     from vjax.engine.async_llm import AsyncLLM, AsyncLLMEngine
     from vjax.errors import (
         ConfigError,
@@ -25,8 +26,16 @@ if TYPE_CHECKING:
     from vjax.logits_processor import LogitsProcessor
     from vjax.logprobs import FlatLogprobs, Logprob
     from vjax.models.registry import ModelRegistry
-    from vjax.outputs import CompletionOutput, RequestOutput
+    from vjax.outputs import (
+        ClassificationRequestOutput,
+        CompletionOutput,
+        EmbeddingRequestOutput,
+        PoolingRequestOutput,
+        RequestOutput,
+        ScoringRequestOutput,
+    )
     from vjax.parsers.registry import reasoning_parser, tool_parser
+    from vjax.pooling_params import PoolingParams
     from vjax.sampling_params import BeamSearchParams, RepetitionDetectionParams, RequestOutputKind, SamplingParams
     from vjax.structured_outputs import StructuredOutputsParams
 
@@ -39,8 +48,10 @@ _MODULES = {
     "BeamSearchOutput": "vjax.beam_search",
     "BeamSearchParams": "vjax.sampling_params",
     "BeamSearchSequence": "vjax.beam_search",
+    "ClassificationRequestOutput": "vjax.outputs",
     "CompletionOutput": "vjax.outputs",
     "ConfigError": "vjax.errors",
+    "EmbeddingRequestOutput": "vjax.outputs",
     "EngineArgs": "vjax.config.engine_args",
     "EngineDeadError": "vjax.errors",
     "EngineStepError": "vjax.errors",
@@ -50,10 +61,14 @@ _MODULES = {
     "ModelLoadError": "vjax.errors",
     "ModelRegistry": "vjax.models.registry",
     "OutOfMemoryError": "vjax.errors",
+    "PoolerConfig": "vjax.config.pooler",
+    "PoolingParams": "vjax.pooling_params",
+    "PoolingRequestOutput": "vjax.outputs",
     "RepetitionDetectionParams": "vjax.sampling_params",
     "RequestOutput": "vjax.outputs",
     "RequestOutputKind": "vjax.sampling_params",
     "SamplingParams": "vjax.sampling_params",
+    "ScoringRequestOutput": "vjax.outputs",
     "StructuredOutputsParams": "vjax.structured_outputs",
     "VjaxValidationError": "vjax.errors",
     "reasoning_parser": "vjax.parsers.registry",
@@ -68,8 +83,10 @@ __all__ = [
     "BeamSearchOutput",
     "BeamSearchParams",
     "BeamSearchSequence",
+    "ClassificationRequestOutput",
     "CompletionOutput",
     "ConfigError",
+    "EmbeddingRequestOutput",
     "EngineArgs",
     "EngineDeadError",
     "EngineStepError",
@@ -79,10 +96,14 @@ __all__ = [
     "ModelLoadError",
     "ModelRegistry",
     "OutOfMemoryError",
+    "PoolerConfig",
+    "PoolingParams",
+    "PoolingRequestOutput",
     "RepetitionDetectionParams",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "ScoringRequestOutput",
     "StructuredOutputsParams",
     "VjaxValidationError",
     "__version__",

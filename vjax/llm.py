@@ -23,6 +23,7 @@ from vjax.engine.batch_args import (
 )
 from vjax.engine.front import BaseLLMEngine
 from vjax.errors import VjaxValidationError
+from vjax.llm_pooling import PoolingMethods
 from vjax.metrics import Metric
 from vjax.outputs import RequestOutput
 from vjax.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
@@ -30,8 +31,8 @@ from vjax.text.chat import chat_prompt
 from vjax.text.tokenizer import Tokenizer
 
 
-class LLM:
-    """A model ready to generate.
+class LLM(PoolingMethods):
+    """A model ready to generate, or to pool.
 
     Args:
         model: A folder in Hugging Face format, a hub id, or "vjax-tiny", the bundled model.
@@ -247,7 +248,7 @@ class LLM:
     def _add_all(
         self,
         prompts: Sequence[Prompt],
-        params: Sequence[SamplingParams],
+        params: Sequence[Any],
         priority: Sequence[int],
         tokenization_kwargs: Mapping[str, Any] | None,
     ) -> list[str]:
@@ -256,7 +257,7 @@ class LLM:
         arrival = time.monotonic()
         try:
             for prompt, p, rank in zip(prompts, params, priority, strict=True):
-                if p.output_kind is not RequestOutputKind.FINAL_ONLY:
+                if isinstance(p, SamplingParams) and p.output_kind is not RequestOutputKind.FINAL_ONLY:
                     p = p.clone()
                     p.output_kind = RequestOutputKind.FINAL_ONLY
                 request_id = next(i for i in map(str, self._request_ids) if not self.llm_engine.has_request(i))
@@ -271,11 +272,11 @@ class LLM:
             raise
         return ids
 
-    def _run(self, ids: list[str], use_tqdm: bool | Callable[..., Any]) -> list[RequestOutput]:
+    def _run(self, ids: list[str], use_tqdm: bool | Callable[..., Any]) -> list[Any]:
         """Steps until every request of the call is finished."""
-        finished: dict[str, RequestOutput] = {}
+        finished: dict[str, Any] = {}
         wanted = set(ids)
-        others: list[RequestOutput] = []  # of requests that were added to the engine directly
+        others: list[Any] = []  # of requests that were added to the engine directly
         make_progress = use_tqdm if callable(use_tqdm) else tqdm
         progress = make_progress(total=len(ids), desc="Processed prompts", unit="prompt", disable=not use_tqdm)
         start, num_in, num_out = time.monotonic(), 0, 0
@@ -287,7 +288,8 @@ class LLM:
                         continue
                     finished[output.request_id] = output
                     num_in += len(output.prompt_token_ids or ())
-                    num_out += sum(len(c.token_ids) for c in output.outputs)
+                    if isinstance(output, RequestOutput):
+                        num_out += sum(len(c.token_ids) for c in output.outputs)
                     if not progress.disable:
                         seconds = max(time.monotonic() - start, 1e-9)
                         progress.set_postfix_str(f"in {num_in / seconds:.0f} tok/s, out {num_out / seconds:.0f} tok/s")

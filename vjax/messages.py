@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -20,6 +21,9 @@ from vjax.sampling_params import SamplingParams
 
 #: In `SchedulerOutput.token_ids`: the token is the one that the row sampled last, which only the device may know yet.
 LAST_SAMPLED = -1
+
+#: What becomes of the final states of a prompt's tokens: that of the last or of the first, their mean, or each of them.
+POOLING_TYPES = ("LAST", "CLS", "MEAN", "ALL")
 
 
 def mask_width(vocab_size: int) -> int:
@@ -51,6 +55,8 @@ class EngineRequest:
     processor_values: tuple[float, ...] = ()
     #: SamplingParams.structured_outputs in llguidance's language, known to be a grammar.
     grammar: str | None = None
+    #: What a pooling engine makes of the prompt: one of `POOLING_TYPES`; None: the request generates.
+    pooling_type: str | None = None
 
 
 @dataclass(slots=True)
@@ -99,10 +105,23 @@ class SchedulerOutput:
     scored_token_ids: list[int] = field(default_factory=list)
     #: Most probable ids that are wanted with each of them; -1: all.
     scored_num_top: int = 0
+    #: Of a pooling engine; None: it generates.
+    pooled: PooledTokens | None = None
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+
+@dataclass(slots=True)
+class PooledTokens:
+    """Tokens of a step whose final states are wanted, by their places in the flat batch."""
+
+    #: One vector each.
+    indices: list[int] = field(default_factory=list)
+    #: The sum over the tokens from `starts[i]` to before `ends[i]`, one vector each.
+    starts: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -115,6 +134,9 @@ class StepOutput:
     logprobs: StepLogprobs | None = None
     #: Of `SchedulerOutput.scored_token_ids`, in their order.
     scored: StepLogprobs | None = None
+    #: Of `SchedulerOutput.pooled`, in its order: f32 [len(indices), width] and [len(starts), width].
+    vectors: np.ndarray | None = None
+    sums: np.ndarray | None = None
 
 
 @dataclass(slots=True)
@@ -194,3 +216,6 @@ class EngineOutput(msgspec.Struct, array_like=True, gc=False):
     new_logprobs: list[SampledLogprobs] | None = None
     #: With the first token: of each token of the prompt but the first, if asked for.
     prompt_logprobs: list[SampledLogprobs] | None = None
+    #: With finish_reason "stop" of a pooling request: f32 [width], or [prompt tokens, width] with "ALL", before
+    #: activation and normalisation.
+    pooled: Any = None

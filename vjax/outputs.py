@@ -1,10 +1,13 @@
-"""What the engine hands back: one `RequestOutput` per prompt, with one `CompletionOutput` per completion; and, to who
-records steps, one `StepRecord` per step."""
+"""What the engine hands back: one `RequestOutput` per prompt, with one `CompletionOutput` per completion; of a model
+that pools one `PoolingRequestOutput` per prompt; and, to who records steps, one `StepRecord` per step."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Generic, TypeVar
+
+import numpy as np
 
 from vjax.logprobs import FlatLogprobs, Logprob
 
@@ -216,3 +219,92 @@ def _short(token_ids: list[int], limit: int = 16) -> str:
     if len(token_ids) <= limit:
         return str(list(token_ids))
     return f"[{', '.join(map(str, token_ids[:limit]))}, ... {len(token_ids)} in all]"
+
+
+@dataclass(slots=True)
+class PoolingOutput:
+    """What `LLM.encode` gives for a prompt."""
+
+    #: f32 [width] of tasks on a prompt, [tokens, width] of tasks on tokens; [0] where the request failed.
+    data: np.ndarray
+
+
+@dataclass(slots=True)
+class EmbeddingOutput:
+    """What `LLM.embed` gives for a prompt."""
+
+    #: Empty where the request failed.
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        return len(self.embedding)
+
+
+@dataclass(slots=True)
+class ClassificationOutput:
+    """What `LLM.classify` gives for a prompt."""
+
+    #: One per label: probabilities, or with use_activation=False logits. Empty where the request failed.
+    probs: list[float]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.probs)
+
+
+@dataclass(slots=True)
+class ScoringOutput:
+    """What `LLM.score` gives for a pair."""
+
+    #: NaN where the request failed.
+    score: float
+
+
+PooledOutput = TypeVar("PooledOutput", PoolingOutput, EmbeddingOutput, ClassificationOutput, ScoringOutput)
+
+
+@dataclass(slots=True)
+class PoolingRequestOutput(Generic[PooledOutput]):
+    """A prompt and what a model that pools gave for it."""
+
+    request_id: str
+    outputs: PooledOutput
+    prompt_token_ids: list[int]
+    #: Prompt tokens whose KV came from the prefix cache.
+    num_cached_tokens: int
+    finished: bool
+    #: Why there is nothing: "abort", or what failed on the device. None: all is well.
+    error: str | None = None
+    metrics: RequestMetrics | None = None
+
+
+class EmbeddingRequestOutput(PoolingRequestOutput[EmbeddingOutput]):
+    """Of `LLM.embed`."""
+
+    @staticmethod
+    def from_base(output: PoolingRequestOutput[PoolingOutput]) -> EmbeddingRequestOutput:
+        return EmbeddingRequestOutput(**_shared(output), outputs=EmbeddingOutput(output.outputs.data.tolist()))
+
+
+class ClassificationRequestOutput(PoolingRequestOutput[ClassificationOutput]):
+    """Of `LLM.classify`."""
+
+    @staticmethod
+    def from_base(output: PoolingRequestOutput[PoolingOutput]) -> ClassificationRequestOutput:
+        return ClassificationRequestOutput(
+            **_shared(output), outputs=ClassificationOutput(output.outputs.data.tolist())
+        )
+
+
+class ScoringRequestOutput(PoolingRequestOutput[ScoringOutput]):
+    """Of `LLM.score`."""
+
+    @staticmethod
+    def from_base(output: PoolingRequestOutput[PoolingOutput]) -> ScoringRequestOutput:
+        data = output.outputs.data
+        return ScoringRequestOutput(**_shared(output), outputs=ScoringOutput(float(data[0]) if data.size else math.nan))
+
+
+def _shared(output: PoolingRequestOutput[Any]) -> dict[str, Any]:
+    return {f.name: getattr(output, f.name) for f in fields(output) if f.name != "outputs"}

@@ -6,6 +6,8 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from vjax.messages import EngineRequest, SampledLogprobs
 from vjax.outputs import RequestMetrics
 from vjax.sampling_params import SamplingParams
@@ -78,6 +80,14 @@ class Request:
     prompt_logprobs: list[SampledLogprobs] | None = None
     #: Prompt tokens, with the first one, whose log probabilities have arrived or will with a dispatched step.
     num_scored_tokens: int = 1
+    #: One of `messages.POOLING_TYPES`; None: it generates.
+    pooling_type: str | None = None
+    #: Of a pooling request: what has arrived of its tokens' final states, or of their sums with "MEAN".
+    pooled_parts: list[np.ndarray] = field(default_factory=list)
+    #: Up to here the prompt's states have arrived, will with a dispatched step, or are not wanted.
+    num_pooled_tokens: int = 0
+    #: From here on they are not wanted.
+    pooled_end: int = 0
     #: The front end's record of it; None with disable_log_stats.
     metrics: RequestMetrics | None = None
     #: Its place in its grammar, which follows `token_ids`; None: it has no grammar. The engine core's.
@@ -93,6 +103,9 @@ class Request:
         if repetition is not None and repetition.is_on:
             first = num_prompt_tokens + max(repetition.min_num_tokens, params.min_tokens)
             check_num_tokens = min(first, max_num_tokens)
+        pooled = _pooled_range(r.pooling_type, num_prompt_tokens)
+        if r.pooling_type is not None:  # Its end stands for one token that never comes.
+            max_num_tokens = num_prompt_tokens + 1
         return cls(
             request_id=r.request_id,
             sampling_params=params,
@@ -111,6 +124,9 @@ class Request:
             max_num_tokens=max_num_tokens,
             stop_ids=params.all_stop_token_ids.union(eos),
             ignored_eos_token_ids=r.ignored_eos_token_ids,
+            pooling_type=r.pooling_type,
+            num_pooled_tokens=pooled[0],
+            pooled_end=pooled[1],
             check_num_tokens=check_num_tokens,
         )
 
@@ -130,3 +146,10 @@ class Request:
     @property
     def is_finished(self) -> bool:
         return self.status is RequestStatus.FINISHED
+
+
+def _pooled_range(pooling_type: str | None, num_prompt_tokens: int) -> tuple[int, int]:
+    """The tokens of a prompt whose final states are wanted: from, and up to."""
+    if pooling_type is None:
+        return 0, 0
+    return num_prompt_tokens - 1 if pooling_type == "LAST" else 0, 1 if pooling_type == "CLS" else num_prompt_tokens

@@ -9,7 +9,7 @@ import pytest
 
 from vjax.cli.collect_env import collect
 from vjax.cli.main import main
-from vjax.models.registry import MODELS
+from vjax.models.registry import MODELS, POOLING_MODELS
 from vjax.weights.hub import resolve_model_path
 
 
@@ -31,7 +31,7 @@ def rewrite(folder, **fields) -> None:
 
 def test_lists_what_is_supported(capsys):
     code, lines = run(capsys, "models")
-    assert code == 0 and [line.split()[0] for line in lines] == list(MODELS)
+    assert code == 0 and [line.split()[0] for line in lines] == [*MODELS, *POOLING_MODELS]
     assert all(len(line.split()) > 1 for line in lines)
 
 

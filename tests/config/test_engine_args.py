@@ -70,7 +70,6 @@ def test_bad_values_name_value_and_limit(kwargs, texts):
         ("quantization", "awq", "only None works"),
         ("speculative_config", {"method": "ngram"}, "speculative decoding is not supported yet"),
         ("enable_lora", True, "LoRA adapters are not supported yet"),
-        ("task", "embed", "only text generation"),
         ("cpu_offload_gb", 4, "stay on the device"),
         ("rope_scaling", {"rope_type": "yarn"}, "config.json decides"),
         ("num_scheduler_steps", 8, "only 1 works"),

@@ -75,6 +75,14 @@ def test_outputs():
     assert len(encode(Outputs([EngineOutput("12:abc", [50_000])]))) < 25
 
 
+def test_pooling():
+    sent = dataclasses.replace(request(), pooling_type="MEAN")
+    assert crossed(AddRequests([sent])).requests == [sent]
+    states = np.arange(6, dtype=np.float32).reshape(2, 3)
+    (got,) = crossed(Outputs([EngineOutput("e", [], "stop", pooled=states)])).outputs
+    assert got.pooled.dtype == np.float32 and got.pooled.tolist() == states.tolist()
+
+
 def test_commands():
     assert crossed(AbortRequests(["a", "b"])).request_ids == ["a", "b"]
     call = Call(3, "method", (1, "x", {"k": (2,)}))

@@ -8,7 +8,13 @@ import pytest
 
 from vjax.errors import ModelLoadError
 from vjax.models.arch import RopeConfig
-from vjax.models.registry import arch_config_from_hf, get_model_class, read_hf_config, supported_architectures
+from vjax.models.registry import (
+    POOLING_MODELS,
+    arch_config_from_hf,
+    get_model_class,
+    read_hf_config,
+    supported_architectures,
+)
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -169,4 +175,5 @@ def test_read_hf_config(tmp_path):
 def test_registry():
     for architecture in supported_architectures():
         arch = arch_config_from_hf({**LLAMA, "architectures": [architecture]})
-        assert get_model_class(arch).__name__ == architecture
+        base, head = POOLING_MODELS.get(architecture, (architecture, "lm"))
+        assert (get_model_class(arch).__name__, arch.head) == (base, head)

@@ -43,7 +43,7 @@ def test_the_families_are_there():
 def test_every_tensor_maps_and_every_leaf_is_filled_once(path):
     fixture, model, sources = load(path)
     tensors = tensors_of(fixture)
-    check_tensors(sources, tensors, tied=model.arch.tie_word_embeddings, where=path.stem)
+    check_tensors(sources, tensors, where=path.stem)
 
     names = [name for leaf in sources.values() for group in leaf.groups for name in group]
     assert len(names) == len(set(names))
@@ -120,4 +120,4 @@ def test_a_wrong_config_is_caught_by_shapes():
     shapes = {name: spec.shape for name, spec in model.leaf_specs.items()}
     sources = leaf_sources(model.weight_rules, shapes, model.arch.num_layers)
     with pytest.raises(ModelLoadError, match="wrong shape"):
-        check_tensors(sources, tensors_of(fixture), tied=False, where="test")
+        check_tensors(sources, tensors_of(fixture), where="test")

@@ -50,7 +50,7 @@ def test_a_class():
     ModelRegistry.register_model("OwnForCausalLM", OwnForCausalLM)
     assert get_model_class(arch_config_from_hf(CONFIG)) is OwnForCausalLM
     assert supported_architectures()[-1] == "OwnForCausalLM"
-    assert ModelRegistry.get_supported_archs() == {*registry.MODELS, "OwnForCausalLM"}
+    assert ModelRegistry.get_supported_archs() == {*registry.MODELS, *registry.POOLING_MODELS, "OwnForCausalLM"}
 
 
 def test_one_of_vjaxs_own_is_replaced(caplog, monkeypatch):
@@ -59,7 +59,7 @@ def test_one_of_vjaxs_own_is_replaced(caplog, monkeypatch):
     assert "architecture LlamaForCausalLM was there already" in caplog.text
     arch = arch_config_from_hf(CONFIG | {"architectures": ["LlamaForCausalLM"]})
     assert get_model_class(arch) is OwnForCausalLM
-    assert supported_architectures() == list(registry.MODELS)
+    assert supported_architectures() == [*registry.MODELS, *registry.POOLING_MODELS]
 
 
 def test_a_name_is_imported_when_it_is_needed(tmp_path, monkeypatch):
@@ -94,7 +94,7 @@ def test_a_name_that_leads_nowhere(name):
 def test_what_cannot_be_registered(model_arch, model_cls, error):
     with pytest.raises(error, match=r"model_arch is|model_cls is|is no subclass of"):
         ModelRegistry.register_model(model_arch, model_cls)
-    assert supported_architectures() == list(registry.MODELS)
+    assert supported_architectures() == [*registry.MODELS, *registry.POOLING_MODELS]
 
 
 def test_its_programs_are_lowered_in_the_engines_process(monkeypatch):

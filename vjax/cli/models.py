@@ -39,14 +39,21 @@ def handle(args: argparse.Namespace) -> int:
 
 
 def _list(*, as_json: bool) -> int:
-    from vjax.models.registry import MODELS
+    from vjax.models.registry import MODELS, POOLING_MODELS
 
-    for architecture, module in MODELS.items():
-        text = (importlib.import_module(module).__doc__ or "").strip().splitlines()[0]
-        print(json.dumps({"architecture": architecture, "models": text}) if as_json else f"{architecture:22s} {text}")
+    texts = {
+        name: (importlib.import_module(module).__doc__ or "").strip().splitlines()[0] for name, module in MODELS.items()
+    }
+    texts |= {name: f"{base} {_HEADS[head]}" for name, (base, head) in POOLING_MODELS.items()}
+    for architecture, text in texts.items():
+        print(json.dumps({"architecture": architecture, "models": text}) if as_json else f"{architecture:32s} {text}")
     if not as_json:
         print("`vjax models MODEL` says whether a checkpoint is supported.", file=sys.stderr)
     return 0
+
+
+#: What a model is with another head, see `ArchConfig.head`.
+_HEADS = {"none": "without a head, for embeddings", "score": "with classes", "score_mlp": "with rewards"}
 
 
 def _check(model: str, revision: str | None) -> dict[str, Any]:

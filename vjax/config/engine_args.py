@@ -13,6 +13,7 @@ from vjax.config import checks, vllm_args
 from vjax.config.cache import CacheConfig
 from vjax.config.engine_config import DEFAULT_MAX_LOGPROBS, EngineConfig, LoadConfig, ModelConfig
 from vjax.config.generation import resolve_generation
+from vjax.config.pooler import CONVERTS, ENGINE_TASKS, RUNNERS, Pooling, pooler_config
 from vjax.config.resolve import (
     DTYPE_ALIASES,
     DTYPES,
@@ -106,6 +107,18 @@ class EngineArgs:
     disable_log_stats: bool = True
     #: Folder of the traces that `start_profile` begins; None: the variable VJAX_PROFILER_DIR, else there are none.
     profiler_dir: str | None = None
+    #: "generate", or "pooling": prompts become embeddings, classes or scores. "auto": what the model is made for.
+    runner: str = "auto"
+    #: What "pooling" makes of a model: "embed" (its states are the results), "classify" (its score head's outputs are)
+    #: or "reward" (outputs of every token: the score head's, or states where there is none). "none" and "auto": what
+    #: the model is made for; one that generates embeds.
+    convert: str = "auto"
+    #: Former argument for both: "generate", "embed", "classify", "score" or "reward".
+    task: str | None = None
+    #: What a model that pools makes of the states of a prompt's tokens, see `vjax.PoolerConfig`.
+    pooler_config: dict[str, Any] | None = None
+    #: pooler_config under its former name.
+    override_pooler_config: dict[str, Any] | None = None
     #: None: the variables VJAX_USE_V1, then VLLM_USE_V1, else V1.
     use_v1: bool | None = None
 
@@ -114,6 +127,25 @@ class EngineArgs:
         raise_problems(problems)
         for name, value in values.items():
             setattr(self, name, value)
+        self._rename_former_arguments()
+
+    def _rename_former_arguments(self) -> None:
+        if self.override_pooler_config is not None:
+            if self.pooler_config is not None:
+                raise ConfigError(
+                    "pooler_config and override_pooler_config are one argument; pass pooler_config alone.",
+                    parameter="override_pooler_config",
+                    value=self.override_pooler_config,
+                )
+            self.pooler_config, self.override_pooler_config = self.override_pooler_config, None
+        if self.task is not None:
+            if (self.runner, self.convert) != ("auto", "auto"):
+                raise ConfigError(
+                    f"task={self.task!r} stands for runner and convert, and those are given too; leave task out.",
+                    parameter="task",
+                    value=self.task,
+                )
+            (self.runner, self.convert), self.task = ENGINE_TASKS[self.task], None
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> EngineArgs:
@@ -140,6 +172,7 @@ class EngineArgs:
         hf_config: Mapping[str, Any] | None = None,
         generation_config: Mapping[str, Any] | None = None,
         use_v1: bool | None = None,
+        pooling: Pooling | None = None,
     ) -> EngineConfig:
         """Chooses every value that is still open.
 
@@ -150,6 +183,7 @@ class EngineArgs:
             hf_config: config.json; its eos_token_id is used where `arch` has none.
             generation_config: Content of the model's generation_config.json, if it has one.
             use_v1: Mode where the argument `use_v1` leaves it open; None asks the environment.
+            pooling: What the engine is to make of prompts; None: it generates.
 
         Raises:
             ConfigError: Arguments contradict each other or the model.
@@ -161,6 +195,9 @@ class EngineArgs:
         elif use_v1 is None:
             use_v1 = envs.use_v1()
         model = self._resolve_model(arch, platform, hf_config or {}, generation_config)
+        if pooling is not None:
+            self._check_pooling()
+            model = dataclasses.replace(model, pooling=pooling)
         limits = resolve_batch_limits(self, model.max_model_len, platform, device_memory_bytes, use_v1)
         caching = use_v1 if self.enable_prefix_caching is None else self.enable_prefix_caching
         return EngineConfig(
@@ -182,6 +219,7 @@ class EngineArgs:
                 policy=self.scheduling_policy,
                 async_scheduling=resolve_async_scheduling(self.async_scheduling, use_v1),
                 static_batch=not use_v1,
+                pools=pooling is not None,
             ),
             load=LoadConfig(self.load_format, self.revision, self.download_dir),
             stream_interval=self.stream_interval,
@@ -189,6 +227,15 @@ class EngineArgs:
             profiler_dir=self.profiler_dir or envs.profiler_dir(),
             use_v1=use_v1,
         )
+
+    def _check_pooling(self) -> None:
+        for name in ("logits_processors", "reasoning_config"):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"{name} is for text generation, and this engine pools; leave it out, or pass runner='generate'.",
+                    parameter=name,
+                    value=getattr(self, name),
+                )
 
     def _resolve_model(
         self, arch: Any, platform: str, hf_config: Mapping[str, Any], generation_config: Mapping[str, Any] | None
@@ -231,6 +278,7 @@ def _eos_token_ids(arch: Any, hf_config: Mapping[str, Any]) -> tuple[int, ...]:
 
 _dtype_name = checks.choice("auto", *DTYPES, *DTYPE_ALIASES)
 _length = checks.integer(2)
+_task = checks.choice(*ENGINE_TASKS)
 
 
 def _dtype(value: Any) -> str:
@@ -316,6 +364,13 @@ CHECKS: dict[str, checks.Check] = {
     "stream_interval": checks.integer(1),
     "disable_log_stats": checks.boolean,
     "profiler_dir": checks.optional(checks.path),
+    "runner": checks.choice(*RUNNERS),
+    "convert": checks.choice(*CONVERTS),
+    "task": checks.Check(
+        lambda value: None if value is None else _task(value), {"enum": [*_task.schema["enum"], None]}
+    ),
+    "pooler_config": checks.optional(pooler_config),
+    "override_pooler_config": checks.optional(pooler_config),
     "use_v1": _optional_bool,
 }
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vjax.config.cache import CacheConfig
+from vjax.config.pooler import Pooling
 from vjax.config.scheduler import SchedulerConfig
 
 DEFAULT_MAX_LOGPROBS = 20
@@ -40,6 +41,8 @@ class ModelConfig:
     logits_processors: tuple[Any, ...] = ()
     #: Texts that begin and end what a model thinks; None: thinking_token_budget is refused.
     thinking_tags: tuple[str, str] | None = None
+    #: What becomes of prompts; None: the engine generates.
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True)

@@ -28,3 +28,5 @@ class SchedulerConfig:
     async_scheduling: bool = True
     #: V0: one batch is prefilled, then decoded until all of it is done; then the next one is admitted.
     static_batch: bool = False
+    #: Prompts are pooled: a request ends with its last prompt token, and nothing is sampled.
+    pools: bool = False

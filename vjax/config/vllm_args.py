@@ -34,7 +34,6 @@ class Only(NamedTuple):
 _ONE_GPU = "an engine runs on one GPU"
 _SPECULATION = "speculative decoding is not supported yet"
 _QUANTISED = "only unquantised weights and KV are supported"
-_POOLING = "only text generation is supported"
 _CONFIG_JSON = "the model's config.json decides; edit a copy of it"
 _LORA = "LoRA adapters are not supported yet"
 _OFFLOAD = "weights and KV stay on the device"
@@ -71,11 +70,6 @@ ONLY: dict[str, Only] = {
     "kv_transfer_config": Only((None,), _REMOTE),
     "kv_events_config": Only((None,), _REMOTE),
     "ec_transfer_config": Only((None,), _REMOTE),
-    "task": Only((None, "auto", "generate"), _POOLING),
-    "runner": Only(("auto", "generate"), _POOLING),
-    "convert": Only(("auto", "none"), _POOLING),
-    "pooler_config": Only((None,), _POOLING),
-    "override_pooler_config": Only((None,), _POOLING),
     "enable_prompt_embeds": Only((False,), "prompts are text or token ids"),
     "hf_overrides": Only((None, {}), _CONFIG_JSON),
     "rope_scaling": Only((None, {}), _CONFIG_JSON),

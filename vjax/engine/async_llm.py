@@ -30,7 +30,8 @@ from vjax.engine.batch_args import Prompt, check_other_arguments
 from vjax.engine.client import EngineClient, ThreadClient, again, shut_down_error
 from vjax.engine.collector import OutputCollector, wake
 from vjax.engine.input_processor import InputProcessor, ProcessedRequest, check_request_id
-from vjax.engine.output_processor import OutputProcessor
+from vjax.engine.pooling import ProcessedPooling
+from vjax.engine.pooling_outputs import make_output_processor
 from vjax.engine.process_client import start_process
 from vjax.engine.protocol import Outputs
 from vjax.engine.recorder import MetricsRecorder
@@ -38,7 +39,8 @@ from vjax.engine.remote import OnModel, check_sleep, check_tags, remote_function
 from vjax.errors import EngineDeadError, VjaxValidationError
 from vjax.log import logger
 from vjax.metrics import Metric
-from vjax.outputs import RequestOutput
+from vjax.outputs import PoolingOutput, PoolingRequestOutput, RequestOutput
+from vjax.pooling_params import PoolingParams
 from vjax.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 from vjax.text.tokenizer import Tokenizer
 
@@ -110,7 +112,7 @@ class AsyncLLM:
         self._recorder: MetricsRecorder | None = None
         if not info.config.disable_log_stats:
             self._recorder = MetricsRecorder(info.config.model.max_model_len, info.config.cache)
-        self._outputs = OutputProcessor(self.tokenizer, self._recorder, info.config.stream_interval)
+        self._outputs = make_output_processor(info.config, self.tokenizer, self._recorder)
         self._finalizer = weakref.finalize(self, self._client.shutdown)
         heap.freeze(self)
 
@@ -176,6 +178,49 @@ class AsyncLLM:
         finally:
             if not finished:
                 self._drop(request_id, collector)
+
+    async def encode(
+        self,
+        prompt: Prompt,
+        pooling_params: PoolingParams,
+        request_id: str,
+        *,
+        priority: int = 0,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        **others: Any,
+    ) -> AsyncGenerator[PoolingRequestOutput[PoolingOutput], None]:
+        """What a model that pools makes of one prompt; iterate over the result, which is one output. A caller whose
+        task is cancelled aborts it.
+
+        Args:
+            pooling_params: Its task, None for what the model is made for, decides what the output's `data` are, as
+                `pooling_task` of `LLM.encode` does.
+            The rest: as `generate`.
+
+        Raises:
+            VjaxValidationError: The request can never run, its id is in use, or the engine generates.
+            EngineDeadError: The engine has ended, or ended meanwhile.
+        """
+        check_other_arguments("encode", others, "AsyncLLM")
+        arrival_time = time.monotonic()
+        self._check_alive()
+        process = functools.partial(
+            self._inputs.process_pooling,
+            request_id,
+            prompt,
+            pooling_params,
+            priority=priority,
+            arrival_time=arrival_time,
+            tokenization_kwargs=tokenization_kwargs,
+        )
+        processed = await asyncio.to_thread(process) if _is_long(prompt) else process()
+        (collector,) = self._add([processed])
+        try:
+            output = await collector.get()
+        except BaseException:
+            self._drop(request_id, collector)
+            raise
+        yield output
 
     async def beam_search(
         self,
@@ -261,7 +306,7 @@ class AsyncLLM:
         self._client.abort_requests(core_ids)
         self._wake(waiters)
 
-    def _add(self, batch: Sequence[ProcessedRequest]) -> list[OutputCollector]:
+    def _add(self, batch: Sequence[ProcessedRequest | ProcessedPooling]) -> list[OutputCollector]:
         """Adds all requests, or none."""
         loop = asyncio.get_running_loop()
         collectors: list[OutputCollector] = []
@@ -269,7 +314,8 @@ class AsyncLLM:
             for request in processed.requests:
                 # Outputs of an aborted request, which may still be on the way, are not those of a later one of its id.
                 request.request_id = f"{next(self._numbers)}:{request.request_id}"
-            collectors.append(OutputCollector(loop, delta=processed.params.output_kind is RequestOutputKind.DELTA))
+            delta = getattr(processed.params, "output_kind", None) is RequestOutputKind.DELTA
+            collectors.append(OutputCollector(loop, delta=delta))
         with self._lock:
             self._check_alive()
             for processed in batch:
@@ -330,7 +376,7 @@ class AsyncLLM:
                 _put(waiters, collector, again(error))
         self._wake(waiters)
 
-    def _deliver(self, outputs: Sequence[RequestOutput]) -> _Waiters:
+    def _deliver(self, outputs: Sequence[Any]) -> _Waiters:
         """Puts outputs where their callers find them; returns the callers that sleep. The lock is held."""
         waiters: _Waiters = {}
         for output in outputs:
@@ -546,7 +592,7 @@ AsyncLLMEngine = AsyncLLM
 _Waiters = dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]]
 
 
-def _put(waiters: _Waiters, collector: OutputCollector, output: RequestOutput | BaseException) -> None:
+def _put(waiters: _Waiters, collector: OutputCollector, output: Any) -> None:
     waiter = collector.put(output)
     if waiter is not None:
         waiters.setdefault(collector.loop, []).append(waiter)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeVar
 
 from vjax.errors import VjaxValidationError
+from vjax.pooling_params import PoolingParams
 from vjax.sampling_params import SamplingParams
+
+Params = TypeVar("Params", SamplingParams, PoolingParams)
 
 #: One prompt: text, token ids, or a mapping with "prompt" or "prompt_token_ids" and optionally "cache_salt".
 Prompt = str | Mapping[str, Any] | Sequence[int]
@@ -44,29 +47,32 @@ def prompt_list(prompts: Any) -> list[Prompt]:
     return [batch] if batch and isinstance(batch[0], Integral) else batch
 
 
-def params_per_prompt(params: Any, num_prompts: int) -> Sequence[SamplingParams]:
-    """Sampling parameters of each prompt.
+def params_per_prompt(
+    params: Any, num_prompts: int, kind: type[Params] = SamplingParams, name: str = "sampling_params"
+) -> Sequence[Params]:
+    """Parameters of each prompt, of type `kind`.
 
     Raises:
-        VjaxValidationError: It is no SamplingParams and no list of `num_prompts` of them.
+        VjaxValidationError: It is no `kind` and no list of `num_prompts` of them.
     """
-    if isinstance(params, SamplingParams):
+    if isinstance(params, kind):
         return [params] * num_prompts
     if not isinstance(params, (list, tuple)):
+        example = ", such as SamplingParams(temperature=0)" if kind is SamplingParams else ""
         raise VjaxValidationError(
-            f"sampling_params={params!r:.100} is a {type(params).__name__}; pass a SamplingParams, such as "
-            "SamplingParams(temperature=0), or a list with one per prompt.",
-            parameter="sampling_params",
+            f"{name}={params!r:.100} is a {type(params).__name__}; pass a {kind.__name__}{example}, or a list with one "
+            "per prompt.",
+            parameter=name,
             value=params,
         )
     for i, entry in enumerate(params):
-        if not isinstance(entry, SamplingParams):
+        if not isinstance(entry, kind):
             raise VjaxValidationError(
-                f"sampling_params[{i}]={entry!r:.100} is a {type(entry).__name__}; pass a SamplingParams.",
-                parameter="sampling_params",
+                f"{name}[{i}]={entry!r:.100} is a {type(entry).__name__}; pass a {kind.__name__}.",
+                parameter=name,
                 value=entry,
             )
-    _check_length("sampling_params", params, num_prompts, "one SamplingParams for all prompts or one per prompt")
+    _check_length(name, params, num_prompts, f"one {kind.__name__} for all prompts or one per prompt")
     return params
 
 

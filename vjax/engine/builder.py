@@ -27,7 +27,8 @@ from vjax.log import logger
 from vjax.logits_processor import make_processors
 from vjax.models.arch import ArchConfig
 from vjax.models.functional import build_model
-from vjax.models.registry import arch_config_from_hf, is_registered, read_hf_config
+from vjax.models.pooling import resolve_model
+from vjax.models.registry import is_registered, read_hf_config
 from vjax.parallel.sharding import make_mesh
 from vjax.runner import memory, platform
 from vjax.runner.buckets import Buckets
@@ -35,6 +36,7 @@ from vjax.runner.executables import Executables
 from vjax.runner.exported import StepDescription
 from vjax.runner.lowered import LoweredPrograms
 from vjax.runner.lowered_cache import LoweredCache
+from vjax.runner.pooling_runner import PoolingRunner
 from vjax.runner.runner import ModelRunner
 from vjax.runner.step import Step, StepGeometry
 from vjax.scheduler.factory import make_scheduler
@@ -81,7 +83,9 @@ def build_engine(args: EngineArgs, *, with_tokenizer: bool = True) -> BuiltEngin
     use_v1 = envs.use_v1() if args.use_v1 is None else args.use_v1
     model_dir = resolve_model_path(args.model, revision=args.revision, download_dir=args.download_dir)
     hf_config = read_hf_config(model_dir)
-    arch = arch_config_from_hf(hf_config)
+    arch, pooling = resolve_model(
+        hf_config, model_dir, runner=args.runner, convert=args.convert, pooler_config=args.pooler_config
+    )
     generation_config = None
     if args.generation_config == "auto" and (model_dir / "generation_config.json").is_file():
         generation_config = read_generation_config(model_dir)
@@ -105,6 +109,7 @@ def build_engine(args: EngineArgs, *, with_tokenizer: bool = True) -> BuiltEngin
         hf_config=hf_config,
         generation_config=generation_config,
         use_v1=use_v1,
+        pooling=pooling,
     )
     thinking = _thinking_ids(config.model.thinking_tags, tokenizer)
     runner, config = build_runner(config, arch, model_dir, device, thinking=thinking)
@@ -164,6 +169,7 @@ def build_runner(
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
         max_num_seqs=config.scheduler.max_num_seqs,
         platform=kind,
+        pools=arch.pools,
     )
     step = Step(model, geometry, processors, thinking)
     step.check_logits_processors()
@@ -272,8 +278,9 @@ def _start_runner(
         load: Makes the leaves again.
         started: When weights began to be loaded, by `time.perf_counter`, for the log.
     """
+    runner_class = PoolingRunner if executables.step.model.arch.pools else ModelRunner
     if executables.platform != "gpu":
-        return ModelRunner(leaves, executables, load)
+        return runner_class(leaves, executables, load)
     loaded = time.perf_counter()
     executables.compile_all(
         progress=_compile_progress,
@@ -285,7 +292,7 @@ def _start_runner(
     memory.check_temporaries(compiled_all, executables.step.model.arch, config, itemsize)
     compiled = time.perf_counter()
     with memory.room_for_small_arrays(device):
-        runner = ModelRunner(leaves, executables, load)
+        runner = runner_class(leaves, executables, load)
     runner.warm_up()
     log.info(
         "start: weights %.1f s, then programs %.1f s (%s), KV cache and warm-up %.1f s",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterable
+from typing import Any
 
-from vjax.outputs import CompletionOutput, RequestOutput
+from vjax.outputs import CompletionOutput, PoolingRequestOutput, RequestOutput
 
 
 class OutputCollector:
@@ -25,11 +26,11 @@ class OutputCollector:
         """
         self.loop = loop
         self._delta = delta
-        self._pending: RequestOutput | BaseException | None = None
+        self._pending: RequestOutput | PoolingRequestOutput[Any] | BaseException | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._lock = threading.Lock()
 
-    def put(self, output: RequestOutput | BaseException) -> asyncio.Future[None] | None:
+    def put(self, output: RequestOutput | PoolingRequestOutput[Any] | BaseException) -> asyncio.Future[None] | None:
         """Adds an output; an exception takes the place of what waits.
 
         Returns:
@@ -43,7 +44,7 @@ class OutputCollector:
             waiter, self._waiter = self._waiter, None
         return waiter
 
-    async def get(self) -> RequestOutput:
+    async def get(self) -> Any:
         """What has come since the last call; waits for it.
 
         Raises:

@@ -18,19 +18,21 @@ import numpy as np
 from vjax import envs
 from vjax.config.engine_args import EngineArgs
 from vjax.config.engine_config import EngineConfig
+from vjax.config.pooler import Pooling
 from vjax.engine import heap
 from vjax.engine.builder import build_engine
 from vjax.engine.core import EngineCore
 from vjax.engine.input_processor import InputProcessor
 from vjax.engine.interrupt import DeferInterrupt
-from vjax.engine.output_processor import OutputProcessor
+from vjax.engine.pooling_outputs import make_output_processor
 from vjax.engine.process_core import ProcessCore
 from vjax.engine.recorder import MetricsRecorder
 from vjax.engine.remote import OnModel, check_sleep, check_tags, remote_function, weight_update
 from vjax.errors import EngineAsleepError, VjaxValidationError
 from vjax.log import logger
 from vjax.metrics import Metric
-from vjax.outputs import RequestOutput, StepRecord
+from vjax.outputs import StepRecord
+from vjax.pooling_params import PoolingParams
 from vjax.sampling_params import SamplingParams
 from vjax.scheduler.recording import StepRecording
 from vjax.text.tokenizer import Tokenizer
@@ -74,8 +76,8 @@ class BaseLLMEngine:
         self._recorder: MetricsRecorder | None = None
         if not args.disable_log_stats:
             self._recorder = MetricsRecorder(info.config.model.max_model_len, info.config.cache)
-        self._outputs = OutputProcessor(self.tokenizer, self._recorder, info.config.stream_interval)
-        self._undelivered: list[RequestOutput] = []
+        self._outputs = make_output_processor(info.config, self.tokenizer, self._recorder)
+        self._undelivered: list[Any] = []
         heap.freeze(self)
 
     @classmethod
@@ -88,7 +90,7 @@ class BaseLLMEngine:
         self,
         request_id: str,
         prompt: str | Mapping[str, Any] | Sequence[int],
-        params: SamplingParams,
+        params: SamplingParams | PoolingParams,
         arrival_time: float | None = None,
         *,
         priority: int = 0,
@@ -99,7 +101,8 @@ class BaseLLMEngine:
         Args:
             request_id: Unique among unfinished requests.
             prompt: Text, token ids, or a mapping with "prompt" or "prompt_token_ids" and optionally "cache_salt".
-            params: Sampling parameters; n > 1 becomes n sequences that share the prompt's KV.
+            params: Sampling parameters, where n > 1 becomes n sequences that share the prompt's KV; or pooling
+                parameters, for a model that pools.
             arrival_time: Seconds, `time.monotonic` by default.
             priority: Lower runs first under scheduling_policy="priority".
             tokenization_kwargs: How the prompt becomes token ids, and at most how many; see `TokenizationParams`.
@@ -116,7 +119,8 @@ class BaseLLMEngine:
             )
         if arrival_time is None:
             arrival_time = time.monotonic()
-        processed = self._inputs.process(
+        process: Any = self._inputs.process_pooling if isinstance(params, PoolingParams) else self._inputs.process
+        processed = process(
             request_id,
             prompt,
             params,
@@ -141,11 +145,12 @@ class BaseLLMEngine:
         ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
         self._core.abort_requests(self._outputs.abort(ids))
 
-    def step(self) -> list[RequestOutput]:
+    def step(self) -> list[Any]:
         """One step of the engine.
 
         Returns:
-            What is to be handed out now, as each request's output_kind asks; empty lists are normal.
+            `RequestOutput`s, or `PoolingRequestOutput`s of an engine that pools: what is to be handed out now, as each
+            request's output_kind asks; empty lists are normal.
 
         Raises:
             KeyboardInterrupt: Ctrl-C arrived; the engine is intact and the step's outputs come with the next call.
@@ -161,7 +166,7 @@ class BaseLLMEngine:
         outputs, self._undelivered = self._undelivered, []
         return outputs
 
-    def put_back(self, outputs: Sequence[RequestOutput]) -> None:
+    def put_back(self, outputs: Sequence[Any]) -> None:
         """Outputs that the caller of `step` has no use for: the next call returns them again, first."""
         self._undelivered += outputs
 
@@ -169,7 +174,7 @@ class BaseLLMEngine:
         """Whether the id belongs to an unfinished request."""
         return self._outputs.has_request(request_id)
 
-    def _step(self) -> list[RequestOutput]:
+    def _step(self) -> Sequence[Any]:
         core_outputs = self._core.step()
         request_outputs, to_abort = self._outputs.process(core_outputs)
         if to_abort:
@@ -236,6 +241,24 @@ class BaseLLMEngine:
             VjaxValidationError: `add_request` would refuse the prompt.
         """
         return self._inputs.tokenize(prompt, tokenization_kwargs)
+
+    def check_pooling(self, params: PoolingParams) -> Pooling:
+        """How the engine pools.
+
+        Raises:
+            VjaxValidationError: It generates, or `params` are no PoolingParams.
+        """
+        return self._inputs.pooling(params)
+
+    def tokenize_pair(
+        self, text: str, pair: str, params: PoolingParams, tokenization_kwargs: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """Token ids of two texts in one prompt, for a model that scores pairs.
+
+        Raises:
+            VjaxValidationError: There is no tokenizer, or one of the two is no text.
+        """
+        return self._inputs.tokenize_pair(text, pair, params, tokenization_kwargs)
 
     @property
     def eos_token_id(self) -> int | None:

@@ -13,13 +13,16 @@ from numbers import Integral
 from typing import Any
 
 from vjax.config.engine_config import EngineConfig
+from vjax.config.pooler import Pooling
 from vjax.engine.grammars import eos_token_ids as find_eos_token_ids
 from vjax.engine.grammars import make_compiler
+from vjax.engine.pooling import ProcessedPooling, complete_params, pooling_type
 from vjax.engine.tokenization import TokenizationParams
 from vjax.errors import VjaxValidationError
 from vjax.log import logger, warning_once
 from vjax.logits_processor import make_processors, request_values
 from vjax.messages import EngineRequest
+from vjax.pooling_params import PoolingParams
 from vjax.sampling_params import SamplingParams
 from vjax.structured.compiler import GrammarCompiler
 from vjax.structured.grammar import grammar_text, refused
@@ -29,6 +32,9 @@ from vjax.text.tokenizer import Tokenizer
 MAX_BAD_WORDS_TOKENS = 1024
 #: EOS and stop ids that a device row can mask while min_tokens is not reached.
 MAX_MASKED_TOKEN_IDS = 64
+#: By whether it skips reading the prefix cache: what a pooling request, which samples nothing, has in place of
+#: sampling parameters.
+_OF_POOLING = {skips: SamplingParams(max_tokens=1, skip_reading_prefix_cache=skips) for skips in (False, True)}
 _PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 _PROMPT_FORMS = 'a text, a list of token ids, {"prompt": text} or {"prompt_token_ids": [...]}'
 
@@ -75,6 +81,7 @@ class InputProcessor:
         """
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
+        self._pooling = config.model.pooling
         self._max_model_len = config.model.max_model_len
         self._max_logprobs = config.model.max_logprobs
         self._logits_processors = make_processors(config.model.logits_processors)
@@ -118,6 +125,12 @@ class InputProcessor:
         """
         if not isinstance(params, SamplingParams):
             raise _error("sampling_params", params, f"is a {type(params).__name__}; pass a SamplingParams")
+        if self._pooling is not None:
+            raise VjaxValidationError(
+                "This engine pools and generates no text: use embed, encode, classify or score, or create it with "
+                "runner='generate'.",
+                parameter="sampling_params",
+            )
         check_request_id(request_id)
         self._check_priority(priority)
         tokenization = TokenizationParams.from_kwargs(tokenization_kwargs, self._max_model_len)
@@ -144,6 +157,77 @@ class InputProcessor:
             for child_id, child_params in _expand(request_id, complete)
         ]
         return ProcessedRequest(request_id, text, token_ids, complete, requests, arrival_time)
+
+    def process_pooling(
+        self,
+        request_id: str,
+        prompt: str | Mapping[str, Any] | Sequence[int],
+        params: PoolingParams,
+        *,
+        priority: int = 0,
+        arrival_time: float = 0.0,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+    ) -> ProcessedPooling:
+        """As `process`, for a model that pools. The prompt may be as long as the model's context.
+
+        Raises:
+            VjaxValidationError: As `process`; or the engine generates.
+        """
+        pooling = self.pooling(params)
+        check_request_id(request_id)
+        self._check_priority(priority)
+        text, token_ids, salt = self._parse(prompt, self._pooling_tokenization(params, tokenization_kwargs))
+        self._check_length(token_ids)
+        complete = complete_params(params, pooling)
+        kind = pooling_type(complete, pooling)
+        skips = complete.skip_reading_prefix_cache
+        if skips is False and kind != "LAST":
+            raise _error("skip_reading_prefix_cache", skips, f"is impossible: pooling {kind} needs every token")
+        request = EngineRequest(
+            request_id=request_id,
+            prompt_token_ids=token_ids,
+            sampling_params=_OF_POOLING[bool(skips) or kind != "LAST"],
+            eos_token_id=None,
+            arrival_time=arrival_time,
+            priority=priority,
+            cache_salt=salt,
+            pooling_type=kind,
+        )
+        return ProcessedPooling(request_id, text, token_ids, complete, [request], arrival_time)
+
+    def pooling(self, params: PoolingParams) -> Pooling:
+        """How the engine pools.
+
+        Raises:
+            VjaxValidationError: It generates, or `params` are no PoolingParams.
+        """
+        if not isinstance(params, PoolingParams):
+            raise _error("pooling_params", params, f"is a {type(params).__name__}; pass a PoolingParams")
+        if self._pooling is None:
+            raise VjaxValidationError(
+                "This engine generates text and does not pool: create it with runner='pooling' (and convert='embed' "
+                "for embeddings of a model that was made to generate).",
+                parameter="pooling_params",
+            )
+        return self._pooling
+
+    def tokenize_pair(
+        self, text: str, pair: str, params: PoolingParams, tokenization_kwargs: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """Token ids of two texts in one prompt, for a model that scores pairs.
+
+        Raises:
+            VjaxValidationError: There is no tokenizer, or one of the two is no text.
+        """
+        if self._tokenizer is None:
+            raise VjaxValidationError("Pairs of texts need a tokenizer; leave out skip_tokenizer_init.")
+        tokenization = self._pooling_tokenization(params, tokenization_kwargs)
+        return self._in_vocabulary(tokenization.encode_pair(self._tokenizer, text, pair))
+
+    def _pooling_tokenization(self, params: PoolingParams, kwargs: Mapping[str, Any] | None) -> TokenizationParams:
+        if params.truncate_prompt_tokens is not None and isinstance(kwargs, (Mapping, type(None))):
+            kwargs = {"truncate_prompt_tokens": params.truncate_prompt_tokens, **(kwargs or {})}
+        return TokenizationParams.from_kwargs(kwargs, self._max_model_len, num_output_tokens=0)
 
     def tokenize(
         self, prompt: str | Mapping[str, Any] | Sequence[int], tokenization_kwargs: Mapping[str, Any] | None = None
@@ -225,6 +309,16 @@ class InputProcessor:
         )
 
     def _check_length(self, token_ids: list[int]) -> None:
+        if self._pooling is not None:
+            if len(token_ids) > self._max_model_len:
+                raise VjaxValidationError(
+                    f"The prompt (length {len(token_ids)}) is longer than the maximum model length of "
+                    f"{self._max_model_len}. Shorten it, pass truncate_prompt_tokens, or raise max_model_len if the "
+                    "model allows it.",
+                    parameter="prompt",
+                    value=len(token_ids),
+                )
+            return
         if len(token_ids) >= self._max_model_len:
             raise VjaxValidationError(
                 f"The prompt (length {len(token_ids)}) plus the number of requested output tokens (at least 1) is "

@@ -185,6 +185,7 @@ class _WireRequest(msgspec.Struct, array_like=True, gc=False):
     bad_words_token_ids: tuple[tuple[int, ...], ...]
     processor_values: tuple[float, ...]
     grammar: str | None
+    pooling_type: str | None
     #: Whether the scheduler has to note what becomes of it.
     metrics: bool
 
@@ -236,6 +237,7 @@ def _to_wire(request: EngineRequest) -> _WireRequest:
         request.bad_words_token_ids,
         request.processor_values,
         request.grammar,
+        request.pooling_type,
         request.metrics is not None,
     )
 
@@ -258,6 +260,7 @@ def _from_wire(request: _WireRequest) -> EngineRequest:
         bad_words_token_ids=request.bad_words_token_ids,
         processor_values=request.processor_values,
         grammar=request.grammar,
+        pooling_type=request.pooling_type,
     )
 
 

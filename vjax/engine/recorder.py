@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from vjax.config.cache import CacheConfig
 from vjax.engine.input_processor import ProcessedRequest
+from vjax.engine.pooling import ProcessedPooling
 from vjax.engine.throughput import ThroughputLogger
 from vjax.metrics import Counter, Gauge, Histogram, Metric
 from vjax.outputs import FINISH_REASONS, RequestMetrics
@@ -82,7 +83,7 @@ class MetricsRecorder:
 
     # ---- requests -----------------------------------------------------------------------------------------------
 
-    def queue(self, processed: ProcessedRequest) -> None:
+    def queue(self, processed: ProcessedRequest | ProcessedPooling) -> None:
         """A prompt is on its way into the engine core: each of its completions gets its record."""
         now = self._clock()
         arrival_time = time.time() - (now - processed.arrival_time)
@@ -133,6 +134,17 @@ class MetricsRecorder:
         """All completions of a prompt have ended, with so many tokens each."""
         self._n.observe(len(num_tokens))
         self._max_generation_tokens.observe(max(num_tokens))
+
+    def pooling_finished(self, metrics: RequestMetrics, num_prompt_tokens: int, reason: str) -> None:
+        """A prompt was pooled now, or ended otherwise. There are no tokens to be recorded."""
+        metrics.finished_ts = self._now
+        self._num_finished[reason] += 1
+        self._end_to_end.observe(self._now - metrics.arrival_ts)
+        self._prompt_tokens.observe(num_prompt_tokens)
+        self._preemptions.observe(metrics.num_preemptions)
+        if metrics.scheduled_ts:
+            self._queue.observe(metrics.scheduled_ts - metrics.queued_ts)
+            self._inference.observe(self._now - metrics.scheduled_ts)
 
     # ---- steps --------------------------------------------------------------------------------------------------
 

@@ -25,13 +25,16 @@ class TokenizationParams:
     add_special_tokens: bool = True
 
     @classmethod
-    def from_kwargs(cls, kwargs: Mapping[str, Any] | None, max_model_len: int) -> TokenizationParams:
+    def from_kwargs(
+        cls, kwargs: Mapping[str, Any] | None, max_model_len: int, num_output_tokens: int = 1
+    ) -> TokenizationParams:
         """Checks what a user passed.
 
         Args:
             kwargs: "truncate_prompt_tokens" (None, a number, or -1 for as many as `max_model_len` allows),
                 "truncation_side" (None, "left" or "right"), "add_special_tokens".
-            max_model_len: Tokens of prompt and output; one is left for the output.
+            max_model_len: Tokens of prompt and output.
+            num_output_tokens: How many of them are left for the output.
 
         Raises:
             VjaxValidationError: A name is unknown or a value out of its domain.
@@ -52,7 +55,7 @@ class TokenizationParams:
             raise _error("truncation_side", side, 'must be "left" (keep the end of the prompt), "right" or None')
         number = kwargs.get("truncate_prompt_tokens")
         if number is not None:
-            number = _max_prompt_tokens(number, max_model_len)
+            number = _max_prompt_tokens(number, max_model_len, max_model_len - num_output_tokens)
         return cls(number, side, add_special_tokens)
 
     def encode(self, tokenizer: Tokenizer, text: str) -> list[int]:
@@ -60,6 +63,10 @@ class TokenizationParams:
         if self.max_prompt_tokens is None or self.truncation_side is not None:
             return self.truncate(tokenizer.encode(text, self.add_special_tokens))
         return self.truncate(tokenizer.encode(text, self.add_special_tokens, self.max_prompt_tokens))
+
+    def encode_pair(self, tokenizer: Tokenizer, text: str, pair: str) -> list[int]:
+        """Token ids of two texts in one prompt, at most `max_prompt_tokens`."""
+        return self.truncate(tokenizer.encode_pair(text, pair, self.add_special_tokens))
 
     def truncate(self, token_ids: list[int]) -> list[int]:
         """At most `max_prompt_tokens` of the ids: the last, or with side "right" the first."""
@@ -73,7 +80,7 @@ class TokenizationParams:
 _DEFAULT = TokenizationParams()
 
 
-def _max_prompt_tokens(value: Any, max_model_len: int) -> int:
+def _max_prompt_tokens(value: Any, max_model_len: int, longest: int) -> int:
     try:
         number = None if isinstance(value, bool) else value.__index__()
     except (AttributeError, TypeError):
@@ -81,7 +88,6 @@ def _max_prompt_tokens(value: Any, max_model_len: int) -> int:
     if number is None or not (number == -1 or 1 <= number <= max_model_len):
         allowed = f"must be an integer in [1, {max_model_len}] (max_model_len), or -1 for as many tokens as fit"
         raise _error("truncate_prompt_tokens", value, allowed)
-    longest = max_model_len - 1
     return longest if number == -1 else min(number, longest)
 
 

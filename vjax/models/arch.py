@@ -59,11 +59,26 @@ class ArchConfig:
     torch_dtype: str | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    #: What follows the final norm: "lm" (logits over the vocabulary), or, of a model that pools, "none" (hidden states
+    #: are its results), "score" (a linear layer to num_labels) or "score_mlp" (two, with a ReLU between them).
+    head: str = "lm"
+    #: Outputs of a score head.
+    num_labels: int = 0
 
     @property
     def heads_per_kv(self) -> int:
         """Query heads that share one key/value head (the group)."""
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def pools(self) -> bool:
+        """Its results are vectors of prompts, not tokens."""
+        return self.head != "lm"
+
+    @property
+    def pooled_width(self) -> int:
+        """Numbers that a model that pools gives for a token."""
+        return self.hidden_size if self.head == "none" else self.num_labels
 
     @property
     def attention_scale(self) -> float:

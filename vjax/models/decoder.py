@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -91,8 +92,14 @@ class DecoderModel(nnx.Module):
         )
         self.vectors = StackedVectors(arch, dtype=dtype, rngs=rngs, kv_scales=kv_scales)
         self.norm = param(rngs, (arch.hidden_size,), ("embed",), dtype, "ones")
-        if not arch.tie_word_embeddings:
+        if not (arch.pools or arch.tie_word_embeddings):
             self.lm_head = param(rngs, (arch.vocab_size, arch.hidden_size), ("vocab", "embed"), dtype)
+        if arch.head in ("score", "score_mlp"):
+            self.score = param(rngs, (arch.num_labels, arch.hidden_size), (None, "embed"), dtype)
+        if arch.head == "score_mlp":
+            self.score_bias = param(rngs, (arch.num_labels,), (None,), dtype)
+            self.score_hidden = param(rngs, (arch.hidden_size, arch.hidden_size), (None, "embed"), dtype)
+            self.score_hidden_bias = param(rngs, (arch.hidden_size,), (None,), dtype)
 
     def __call__(
         self, token_ids: jax.Array, kv: tuple[KVCache, ...], meta: AttentionMetadata
@@ -122,3 +129,14 @@ class DecoderModel(nnx.Module):
         """Hidden states after the final norm `[R, hidden]` -> logits f32 `[R, vocab]`."""
         table = self.embed if self.arch.tie_word_embeddings else self.lm_head
         return head_logits(table[...], hidden_normed)
+
+    def pooled_values(self, hidden_normed: jax.Array) -> jax.Array:
+        """Of a model that pools: hidden states after the final norm `[R, hidden]` -> what pooling works on, f32
+        `[R, arch.pooled_width]`: the states themselves, or the score head's outputs before any activation."""
+        if self.arch.head == "none":
+            return hidden_normed.astype(jnp.float32)
+        if self.arch.head == "score":
+            return head_logits(self.score[...], hidden_normed)
+        inner = head_logits(self.score_hidden[...], hidden_normed) + self.score_hidden_bias[...].astype(jnp.float32)
+        inner = jax.nn.relu(inner).astype(hidden_normed.dtype)
+        return head_logits(self.score[...], inner) + self.score_bias[...].astype(jnp.float32)

@@ -14,10 +14,15 @@ from jax.sharding import Mesh
 from vjax.models.arch import ArchConfig
 from vjax.models.decoder import AttentionMetadata, KVCache
 from vjax.models.registry import get_model_class
-from vjax.models.weight_rules import WeightRule
+from vjax.models.weight_rules import POOLING_HEAD_RULES, WeightRule
 
-#: Leaves that the head reads, by the module's names.
-_HEAD = ("norm", "lm_head")
+#: Leaves that the head reads, by the module's names; of `ArchConfig.head`.
+_HEADS = {
+    "lm": ("norm", "lm_head"),
+    "none": ("norm",),
+    "score": ("norm", "score"),
+    "score_mlp": ("norm", "score_hidden", "score_hidden_bias", "score", "score_bias"),
+}
 _TIED_HEAD = ("norm", "embed")
 
 
@@ -30,7 +35,7 @@ class FunctionalModel:
         leaf_specs: name -> shape and dtype.
         logical_axes: name -> logical axis of each dimension (see vjax.parallel.sharding).
         initialisers: name -> "ones" or "normal".
-        head_leaf_names: The leaves that `logits` takes.
+        head_leaf_names: The leaves that `logits` takes, or of a model that pools `pooled_values`.
         weight_rules: How checkpoint tensors become the leaves.
     """
 
@@ -57,8 +62,9 @@ class FunctionalModel:
             name: variables[name].get_metadata("logical_axes") for name in self.leaf_names
         }
         self.initialisers: dict[str, str] = {name: variables[name].get_metadata("init") for name in self.leaf_names}
-        self.head_leaf_names: tuple[str, ...] = _TIED_HEAD if arch.tie_word_embeddings else _HEAD
-        self.weight_rules: tuple[WeightRule, ...] = model_class.weight_rules
+        is_tied = arch.tie_word_embeddings and not arch.pools
+        self.head_leaf_names: tuple[str, ...] = _TIED_HEAD if is_tied else _HEADS[arch.head]
+        self.weight_rules: tuple[WeightRule, ...] = model_class.weight_rules + POOLING_HEAD_RULES[arch.head]
 
     def forward(
         self, leaves: tuple[jax.Array, ...], token_ids: jax.Array, kv: tuple[KVCache, ...], meta: AttentionMetadata
@@ -68,18 +74,27 @@ class FunctionalModel:
 
     def logits(self, head_leaves: tuple[jax.Array, ...], hidden: jax.Array) -> jax.Array:
         """Leaves of `head_leaf_names`, hidden `[R, hidden]` from `forward` -> final norm, head: f32 `[R, vocab]`."""
-        given = dict(zip(self.head_leaf_names, head_leaves, strict=True))
-        # The other leaves stay abstract: the head does not touch them.
-        model = self._merge(tuple(given.get(name, self.leaf_specs[name]) for name in self.leaf_names))
+        model = self._head(head_leaves)
         return model.logits(model.final_norm(hidden))
 
+    def pooled_values(self, head_leaves: tuple[jax.Array, ...], hidden: jax.Array) -> jax.Array:
+        """Of a model that pools: leaves of `head_leaf_names`, hidden `[R, hidden]` from `forward` -> final norm, head:
+        f32 `[R, arch.pooled_width]`."""
+        model = self._head(head_leaves)
+        return model.pooled_values(model.final_norm(hidden))
+
     def head_leaves(self, leaves: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        """Those of all leaves that `logits` takes, in its order."""
+        """Those of all leaves that `logits` or `pooled_values` takes, in its order."""
         return tuple(leaves[self.leaf_names.index(name)] for name in self.head_leaf_names)
 
     def module(self, leaves: tuple[jax.Array, ...]) -> Any:
         """The Flax module with these leaves as its parameters."""
         return self._merge(leaves)
+
+    def _head(self, head_leaves: tuple[jax.Array, ...]) -> Any:
+        given = dict(zip(self.head_leaf_names, head_leaves, strict=True))
+        # The other leaves stay abstract: the head does not touch them.
+        return self._merge(tuple(given.get(name, self.leaf_specs[name]) for name in self.leaf_names))
 
     def _merge(self, leaves: tuple[Any, ...]) -> Any:
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))

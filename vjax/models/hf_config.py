@@ -41,7 +41,7 @@ def decoder_arch(
     sliding_windows: tuple[int | None, ...] | None = None,
     default_num_kv_heads: int | None = None,
     default_head_dim: int | None = None,
-    **features: bool,
+    **features: Any,
 ) -> ArchConfig:
     """The architecture of a Llama-like decoder.
 
@@ -50,7 +50,7 @@ def decoder_arch(
         sliding_windows: Per layer; None is full attention in all of them.
         default_num_kv_heads: Used when config.json has no `num_key_value_heads`; None stands for the number of heads.
         default_head_dim: Used when config.json has no `head_dim`; None stands for hidden_size // num_attention_heads.
-        features: qkv_bias, o_bias, mlp_bias, qk_norm.
+        features: The flags qkv_bias, o_bias, mlp_bias and qk_norm.
 
     Raises:
         ModelLoadError: A field is missing, out of its domain, or asks for something that is not supported.

@@ -6,11 +6,13 @@ A new model of vjax's own is a file beside this one and a line in `MODELS`.
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vjax.errors import ModelLoadError
 from vjax.log import logger
 from vjax.models.arch import ArchConfig
+from vjax.models.fields import positive_int
 from vjax.models.hf_config import read_hf_config
 
 if TYPE_CHECKING:
@@ -18,10 +20,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MODELS",
+    "POOLING_MODELS",
     "ModelRegistry",
     "arch_config_from_hf",
     "get_model_class",
     "is_registered",
+    "own_head",
     "read_hf_config",
     "registered_models",
     "supported_architectures",
@@ -36,6 +40,20 @@ MODELS: dict[str, str] = {
     "Qwen2ForCausalLM": "vjax.models.qwen2",
     "Qwen3ForCausalLM": "vjax.models.qwen3",
 }
+
+#: A decoder of `MODELS` under another head -> that decoder, and the head (see `ArchConfig.head`).
+POOLING_MODELS: dict[str, tuple[str, str]] = {
+    **{
+        f"{family}{suffix}": (f"{family}ForCausalLM", head)
+        for suffix, head in (("Model", "none"), ("ForSequenceClassification", "score"))
+        for family in ("Llama", "Mistral", "Qwen2", "Qwen3")
+    },
+    "Qwen2ForRewardModel": ("Qwen2ForCausalLM", "score_mlp"),
+    "Qwen2ForProcessRewardModel": ("Qwen2ForCausalLM", "score_mlp"),
+}
+
+#: Labels that the code of these models fixes, whatever config.json says.
+_NUM_LABELS = {"Qwen2ForRewardModel": 1, "Qwen2ForProcessRewardModel": 2}
 
 #: What users registered: a class, or "module:class" until it is first asked for. It counts before `MODELS`.
 _registered: dict[str, type[DecoderModel] | str] = {}
@@ -74,7 +92,7 @@ class ModelRegistry:
 
 def supported_architectures() -> list[str]:
     """Hugging Face class names, as config.json spells them."""
-    return list(MODELS | _registered)
+    return list(MODELS | POOLING_MODELS | _registered)
 
 
 def is_registered(architecture: str) -> bool:
@@ -92,8 +110,18 @@ def registered_models() -> dict[str, str]:
     return {name: where for name, where in named.items() if not where.startswith("__main__:") and "<" not in where}
 
 
-def arch_config_from_hf(config: dict[str, Any]) -> ArchConfig:
+def own_head(architecture: str) -> str:
+    """The head that the architecture's name stands for; see `ArchConfig.head`."""
+    if architecture in POOLING_MODELS and architecture not in _registered:
+        return POOLING_MODELS[architecture][1]
+    return "score" if architecture.endswith("ForSequenceClassification") else "lm"
+
+
+def arch_config_from_hf(config: dict[str, Any], head: str | None = None) -> ArchConfig:
     """The architecture record of a parsed config.json.
+
+    Args:
+        head: In place of the architecture's own; see `ArchConfig.head`.
 
     Raises:
         ModelLoadError: Names the architecture, activation, rope type, quantisation or other field that is not
@@ -107,7 +135,27 @@ def arch_config_from_hf(config: dict[str, Any]) -> ArchConfig:
             parameter="architectures",
             value=architectures,
         )
-    return _model_class(architectures[0]).arch_config(config)
+    arch = _model_class(architectures[0]).arch_config(config)
+    head = head or own_head(architectures[0])
+    if head == "lm":
+        return arch
+    if config.get("is_causal") is False:
+        raise ModelLoadError(
+            "config.json: is_causal is false, and attention in both directions is not supported; use a model whose "
+            "tokens attend to those before them.",
+            parameter="is_causal",
+            value=False,
+        )
+    num_labels = 0 if head == "none" else _num_labels(config)
+    return replace(arch, head=head, num_labels=num_labels, tie_word_embeddings=False)
+
+
+def _num_labels(config: dict[str, Any]) -> int:
+    """As transformers counts them."""
+    if (fixed := _NUM_LABELS.get(config["architectures"][0])) is not None:
+        return fixed
+    labels = config.get("id2label")
+    return len(labels) if isinstance(labels, dict) and labels else positive_int(config, "num_labels", 2)
 
 
 def get_model_class(arch: ArchConfig) -> type[DecoderModel]:
@@ -122,6 +170,7 @@ def get_model_class(arch: ArchConfig) -> type[DecoderModel]:
 def _model_class(architecture: str) -> type[DecoderModel]:
     if architecture in _registered:
         return _registered_class(architecture)
+    architecture = POOLING_MODELS.get(architecture, (architecture, ""))[0]
     if architecture not in MODELS:
         raise ModelLoadError(
             f"Architecture {architecture!r} is not supported; supported are {', '.join(supported_architectures())}. "

@@ -55,6 +55,19 @@ MLP_BIAS_RULES = (
     WeightRule("vectors.down_bias", "copy", (f"{_MLP}.down_proj.bias",)),
 )
 
+#: Heads of models that pool, by `ArchConfig.head`; transformers and Qwen2's reward models call them so.
+POOLING_HEAD_RULES: dict[str, tuple[WeightRule, ...]] = {
+    "lm": (),
+    "none": (),
+    "score": (WeightRule("score", "copy", ("score.weight",)),),
+    "score_mlp": (
+        WeightRule("score_hidden", "copy", ("score.0.weight",)),
+        WeightRule("score_hidden_bias", "copy", ("score.0.bias",)),
+        WeightRule("score", "copy", ("score.2.weight",)),
+        WeightRule("score_bias", "copy", ("score.2.bias",)),
+    ),
+}
+
 QK_NORM_RULES = (
     WeightRule("vectors.q_norm", "copy", (f"{_ATTENTION}.q_norm.weight",)),
     WeightRule("vectors.k_norm", "copy", (f"{_ATTENTION}.k_norm.weight",)),

@@ -26,7 +26,7 @@ class ForwardBucket:
     num_tokens: int
     num_seqs: int
     decode_only: bool
-    #: The executable also returns the hidden state of every token, for the log probabilities of prompts.
+    #: The executable also returns the hidden state of every token, for log probabilities of prompts and for pooling.
     keeps_hidden: bool = False
 
     @property
@@ -52,11 +52,17 @@ class Buckets:
     sample: tuple[int, ...]
 
     @classmethod
-    def build(cls, *, max_num_batched_tokens: int, max_num_seqs: int, platform: str) -> Buckets:
-        """Buckets that cover every step of at most `max_num_batched_tokens` tokens and `max_num_seqs` sequences."""
+    def build(cls, *, max_num_batched_tokens: int, max_num_seqs: int, platform: str, pools: bool = False) -> Buckets:
+        """Buckets that cover every step of at most `max_num_batched_tokens` tokens and `max_num_seqs` sequences.
+
+        Args:
+            pools: For a model that pools: forwards keep hidden states, nothing is sampled, and there is no decoding.
+        """
         gpu = platform == "gpu"
         decode = _sizes(_GPU_DECODE if gpu else _CPU_DECODE, max_num_seqs)
         mixed = _sizes(_GPU_MIXED if gpu else _CPU_MIXED, max_num_batched_tokens)
+        if pools:
+            return cls((), tuple(ForwardBucket(n, min(n, max_num_seqs), False, keeps_hidden=True) for n in mixed), ())
         return cls(
             decode=tuple(ForwardBucket(n, n, True) for n in decode),
             mixed=tuple(ForwardBucket(n, min(n, max_num_seqs), False) for n in mixed),
@@ -65,5 +71,5 @@ class Buckets:
 
     def forward_bucket(self, num_tokens: int, num_seqs: int) -> ForwardBucket:
         """The tightest bucket that fits a step."""
-        family = self.decode if num_tokens == num_seqs else self.mixed
+        family = self.decode if num_tokens == num_seqs and self.decode else self.mixed
         return family[bisect_left(family, num_tokens, key=lambda b: b.num_tokens)]

@@ -22,6 +22,7 @@ from vjax.runner.buckets import Buckets, ForwardBucket
 from vjax.runner.exported import import_program
 from vjax.runner.programs import (
     Key,
+    PoolBucket,
     SampleBucket,
     ScoreBucket,
     all_keys,
@@ -30,7 +31,7 @@ from vjax.runner.programs import (
     make_program,
     sample_buckets,
 )
-from vjax.runner.step import SCORED_TOKENS, Step
+from vjax.runner.step import POOLED_VECTORS, SCORED_TOKENS, Step
 from vjax.sample.sampler import NO_FEATURES, Feature, Variant
 
 log = logger(__name__)
@@ -91,6 +92,10 @@ class Executables:
             return self._serve(feature_bucket(self.buckets.sample, num_rows, features))
         capable = (b for b in self._sample_buckets if b.variant >= variant and b.num_rows >= num_rows)
         return self._serve(next(capable))
+
+    def pool_for(self, num_tokens: int, *, sums: bool) -> Any:
+        """The executable that pools tokens of a forward of `num_tokens`: vectors of single ones, or sums."""
+        return self._serve(PoolBucket(num_tokens, sums))
 
     def mask_rows(self, num_rows: int, features: Feature) -> int:
         """Rows of the program that `sample_for` gives for these features."""
@@ -172,4 +177,6 @@ def _gpu_options(key: Key) -> dict[str, str | bool | int]:
         rows = key.num_rows
     elif isinstance(key, ScoreBucket):
         rows = SCORED_TOKENS
+    elif isinstance(key, PoolBucket):
+        rows = POOLED_VECTORS
     return _GPU_OPTIONS | _AUTOTUNING | {"xla_gpu_enable_triton_gemm": rows < _LEAST_CUBLAS_ROWS}

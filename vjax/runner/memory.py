@@ -44,10 +44,13 @@ def block_bytes(arch: ArchConfig, block_size: int, kv_head_dim: int, itemsize: i
 
 def temporary_bytes(arch: ArchConfig, config: EngineConfig, itemsize: int) -> int:
     """What is kept for the largest executable's temporaries: an estimate of those of forward in the widest layer with
-    the most tokens, and of sample (three arrays of all rows' logits), and at least _LEAST_TEMPORARIES."""
+    the most tokens, and of sample (three arrays of all rows' logits), and at least _LEAST_TEMPORARIES. A model that
+    pools has no logits, but the hidden states of two steps on their way to `pool`."""
     tokens, rows = config.scheduler.max_num_batched_tokens, config.scheduler.max_num_seqs
     qkv = (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
     widest = max(3 * arch.intermediate_size, 2 * qkv + 3 * arch.num_heads * arch.head_dim) + 4 * arch.hidden_size
+    if arch.pools:
+        return max(tokens * (widest + 2 * arch.hidden_size) * itemsize, _LEAST_TEMPORARIES)
     return max(tokens * widest * itemsize, 3 * rows * arch.vocab_size * 4, _LEAST_TEMPORARIES)
 
 

@@ -17,7 +17,7 @@ from vjax.parallel.sharding import named_sharding
 from vjax.runner.buckets import Buckets, ForwardBucket
 from vjax.runner.packing import UpdateLayout
 from vjax.runner.rows import MAX_MASKED_IDS
-from vjax.runner.step import SCORED_TOKENS, Step
+from vjax.runner.step import POOLED_VECTORS, SCORED_TOKENS, Step
 from vjax.sample.sampler import NO_FEATURES, Feature, Variant
 
 
@@ -49,8 +49,21 @@ class ScoreBucket:
         return f"score{'_all' if self.with_all else ''}[{self.num_tokens}]"
 
 
+@dataclass(frozen=True)
+class PoolBucket:
+    """Shape of one executable that pools: tokens of the forward that it looks at."""
+
+    num_tokens: int
+    #: Whether it gives sums over ranges of tokens, or vectors of single ones.
+    sums: bool
+
+    @property
+    def name(self) -> str:
+        return f"pool{'_sums' if self.sums else ''}[{self.num_tokens}]"
+
+
 #: A bucket, "write_rows", "write_masked_ids" or "write_processors".
-Key = ForwardBucket | SampleBucket | ScoreBucket | str
+Key = ForwardBucket | SampleBucket | ScoreBucket | PoolBucket | str
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +100,9 @@ def all_keys(buckets: Buckets) -> list[Key]:
     sample programs of a size the greedy one comes long before the others, which then find the head's product tuned."""
     samples = sample_buckets(buckets.sample)[::-1]
     greedy = [key for key in samples if key.variant == Variant.GREEDY]
+    if not buckets.sample:  # a model that pools
+        pools = [PoolBucket(bucket.num_tokens, sums) for bucket in buckets.mixed[::-1] for sums in (True, False)]
+        return [*buckets.mixed[::-1], *pools, "write_rows"]
     return [*greedy, *buckets.mixed[::-1], *buckets.decode[::-1], *(k for k in samples if k not in greedy), *UPDATES]
 
 
@@ -141,6 +157,12 @@ def make_program(step: Step, key: Key, mesh: Mesh | None) -> Program:
         hidden = placed(jax.ShapeDtypeStruct((key.num_tokens, model.arch.hidden_size), model.dtype), (None, None))
         packed = placed(jax.ShapeDtypeStruct((2, SCORED_TOKENS), jnp.int32), (None, None))
         return Program("score", score, (), (leaves(model.head_leaf_names), hidden, packed))
+    if isinstance(key, PoolBucket):
+        function = step.pool_sums if key.sums else step.pool
+        hidden = placed(jax.ShapeDtypeStruct((key.num_tokens, model.arch.hidden_size), model.dtype), (None, None))
+        shape = (2, POOLED_VECTORS) if key.sums else (POOLED_VECTORS,)
+        packed = placed(jax.ShapeDtypeStruct(shape, jnp.int32), (None,) * len(shape))
+        return Program("pool", function, (), (leaves(model.head_leaf_names), hidden, packed))
     if key == "write_processors":
         return Program(key, step.write_processors, (0,), (processors, buffer(step.processor_layout.size)))
     if key == "write_rows":

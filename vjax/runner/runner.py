@@ -313,7 +313,7 @@ class ModelRunner:
     def _run_empty(self, key: Any, compiled: Any) -> None:
         if key in self._layouts:
             packed = self._layouts[key].pack(SchedulerOutput(step_id=-1))
-            self._kv, self._rows, _ = compiled(self._leaves, self._kv, self._rows, packed)
+            self._kv, self._rows, *_ = compiled(self._leaves, self._kv, self._rows, packed)
         elif key == "write_rows":
             self._rows = compiled(self._rows, np.zeros(UpdateLayout().size, np.int32))
         elif key == "write_masked_ids":

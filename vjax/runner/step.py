@@ -4,6 +4,7 @@
     sample(head_leaves, rows)         -> (rows, token_ids [R]) bucketed by rows and variant
     sample_with_features(head_leaves, rows, processors, mask?) -> (rows, packed result), for requests that ask for more
     score(head_leaves, hidden, packed) -> packed result, log probabilities of a prompt
+    pool(head_leaves, hidden, packed)  -> vectors, or sums of them, of a model that pools instead of sampling
 
 `kv` and `rows` are donated: both functions update them in place. What the host alone knows arrives in `packed`; what
 the device alone knows (the last sampled token, how far a row has come) never leaves it before it is used.
@@ -36,6 +37,8 @@ from vjax.sample.sampler import Feature, Variant, sample_tokens
 
 #: Prompt tokens that one call of `score` looks at.
 SCORED_TOKENS = 256
+#: Vectors that one call of `pool` or `pool_sums` gives.
+POOLED_VECTORS = 256
 
 #: One K and one V array per layer, each [num_blocks, kv_heads, block_size, head_dim].
 KVCache = tuple[tuple[jax.Array, jax.Array], ...]
@@ -269,6 +272,35 @@ class Step:
         named = jnp.zeros((SCORED_TOKENS, MAX_LOGPROB_TOKEN_IDS), jnp.float32)
         result = self.logprobs_layout.join(token_ids, found, named)
         return (result, values) if with_all else (result,)
+
+    def pool(self, head_leaves: tuple, hidden: jax.Array, packed: jax.Array) -> jax.Array:
+        """What the model gives for single tokens.
+
+        Args:
+            hidden: [num_tokens, hidden], from a forward.
+            packed: i32 [POOLED_VECTORS], indices in `hidden`.
+
+        Returns:
+            f32 [POOLED_VECTORS, arch.pooled_width].
+        """
+        return self.model.pooled_values(head_leaves, hidden[packed])
+
+    def pool_sums(self, head_leaves: tuple, hidden: jax.Array, packed: jax.Array) -> jax.Array:
+        """Sums, over ranges of tokens, of what the model gives for each.
+
+        Args:
+            hidden: [num_tokens, hidden], from a forward.
+            packed: i32 [2, POOLED_VECTORS], the first token of each range and the one behind its last.
+
+        Returns:
+            f32 [POOLED_VECTORS, arch.pooled_width]; 0 for empty ranges.
+        """
+        start, end = packed
+        token = jnp.arange(hidden.shape[0], dtype=jnp.int32)
+        is_in = (token >= start[:, None]) & (token < end[:, None])
+        values = self.model.pooled_values(head_leaves, hidden)
+        # As a product: scattered additions have no order of their own on a GPU, so results would differ by the run.
+        return jnp.dot(is_in.astype(jnp.float32), values, precision=jax.lax.Precision.HIGHEST)
 
     def _logprob_values(self, logits: jax.Array) -> jax.Array:
         return jax.nn.log_softmax(logits, axis=-1) if self.geometry.logprobs_mode.endswith("logprobs") else logits

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from vjax.config.cache import CacheConfig
 from vjax.config.scheduler import SchedulerConfig
 from vjax.scheduler.batching import ContinuousBatching
+from vjax.scheduler.pooling import PoolingScheduler
 from vjax.scheduler.scheduler import Scheduler
 from vjax.scheduler.static_batch import StaticBatch
 
@@ -16,4 +17,5 @@ def make_scheduler(
     config: SchedulerConfig, cache: CacheConfig, clock: Callable[[], float] = time.monotonic
 ) -> Scheduler:
     """V0's scheduler for `config.static_batch`, else V1's. `cache.num_gpu_blocks` must be known."""
-    return Scheduler(config, cache, StaticBatch() if config.static_batch else ContinuousBatching(), clock)
+    kind = PoolingScheduler if config.pools else Scheduler
+    return kind(config, cache, StaticBatch() if config.static_batch else ContinuousBatching(), clock)

@@ -20,6 +20,9 @@ def check_request(request: EngineRequest, max_model_len: int, num_blocks: int, b
     if num_prompt == 0:
         message = "The decoder prompt cannot be empty; pass at least one token."
         raise VjaxValidationError(message, parameter="prompt")
+    if request.pooling_type is not None:
+        _check_pooling_request(num_prompt, max_model_len, num_blocks, block_size)
+        return
     if num_prompt + 1 > max_model_len:
         raise VjaxValidationError(
             f"The decoder prompt (length {num_prompt}) plus the number of requested output tokens (at least 1) is "
@@ -37,4 +40,23 @@ def check_request(request: EngineRequest, max_model_len: int, num_blocks: int, b
             "num_gpu_blocks_override).",
             parameter="max_tokens",
             value=max_tokens,
+        )
+
+
+def _check_pooling_request(num_prompt: int, max_model_len: int, num_blocks: int, block_size: int) -> None:
+    if num_prompt > max_model_len:
+        raise VjaxValidationError(
+            f"The prompt (length {num_prompt}) is longer than the maximum model length of {max_model_len}; shorten it, "
+            "pass truncate_prompt_tokens, or raise max_model_len.",
+            parameter="prompt",
+            value=num_prompt,
+        )
+    needed = -(-num_prompt // block_size)
+    if needed > num_blocks - 1:
+        raise VjaxValidationError(
+            f"The prompt (length {num_prompt}) needs {needed} KV blocks of {block_size} tokens, and the cache has "
+            f"{num_blocks - 1}. Shorten it, or enlarge the cache (gpu_memory_utilization, kv_cache_memory_bytes or "
+            "num_gpu_blocks_override).",
+            parameter="prompt",
+            value=num_prompt,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vjax.messages import LAST_SAMPLED, RowInit, SchedulerOutput
 from vjax.request import Request
@@ -24,6 +24,9 @@ class InFlightStep:
     #: Requests of whose prompt tokens are scored, with the position of the first of them and how many, in the order of
     #: `SchedulerOutput.scored_token_ids`.
     scored: list[tuple[Request, int, int]]
+    #: Requests of which prompt tokens are pooled, with the position of the first of them and how many, in the order of
+    #: `SchedulerOutput.pooled`.
+    pooled: list[tuple[Request, int, int]] = field(default_factory=list)
 
     def sampling_requests(self) -> list[Request]:
         return self.requests[: self.num_sampled]
@@ -34,10 +37,12 @@ class InFlightStep:
         self.requests, self.num_sampled = [], 0
 
     def unscore(self) -> None:
-        """Log probabilities of prompt tokens do not arrive either: they are to be computed again."""
+        """Log probabilities and states of prompt tokens do not arrive either: they are to be computed again."""
         for request, first, _ in self.scored:
             request.num_scored_tokens = min(request.num_scored_tokens, first)
-        self.scored = []
+        for request, first, _ in self.pooled:
+            request.num_pooled_tokens = min(request.num_pooled_tokens, first)
+        self.scored, self.pooled = [], []
 
 
 class StepBuilder:

@@ -93,6 +93,9 @@ class SlowTokenizer(Tokenizer):
         length = {} if max_length is None else {"truncation": True, "max_length": max_length}
         return list(self._loaded.encode(text, add_special_tokens=add_special_tokens, **length))
 
+    def encode_pair(self, text: str, pair: str, add_special_tokens: bool = True) -> list[int]:
+        return list(self._loaded.encode(text, pair, add_special_tokens=add_special_tokens))
+
     def decode(self, token_ids: int | Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._loaded.decode(token_ids, skip_special_tokens=skip_special_tokens)
 

@@ -105,6 +105,16 @@ class Tokenizer:
                 value=text,
             ) from e
 
+    def encode_pair(self, text: str, pair: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of two texts, with what the post-processor puts before, between and behind them.
+
+        Raises:
+            VjaxValidationError: As `encode`.
+        """
+        for part in (text, pair):
+            self.encode(part, add_special_tokens=False)
+        return self.backend.encode(text, pair, add_special_tokens=add_special_tokens).ids
+
     def _encode_end(self, text: str, add_special_tokens: bool, max_length: int) -> list[int]:
         encoding = self.backend.encode(text, add_special_tokens=False)
         num_added = self.backend.num_special_tokens_to_add(False) if add_special_tokens else 0

@@ -25,7 +25,7 @@ from vjax.weights.hub import ORBAX_FOLDER
 from vjax.weights.kv_scales import kv_scale_tensors, read_kv_scales
 from vjax.weights.loader import stored_leaves
 from vjax.weights.manifest import Manifest, StoredLeaf, files_of, stored_format
-from vjax.weights.mapping import LeafSources, check_tensors, leaf_sources
+from vjax.weights.mapping import LeafSources, as_stored, check_tensors, leaf_sources
 from vjax.weights.orbax_parts import PART_BYTES, save_part
 from vjax.weights.packing import PACKERS
 
@@ -36,8 +36,8 @@ SHARD_BYTES = 2 << 30
 
 #: Files of a model folder that are weights or name them: all others are copied.
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
-#: Folders of a model folder that belong to the tokenizer.
-_FOLDERS = ("additional_chat_templates",)
+#: Folders of a model folder that belong to the tokenizer and to sentence-transformers.
+_FOLDERS = ("additional_chat_templates", "1_Pooling", "2_Normalize")
 
 _DTYPES = {"BF16": "bfloat16", "F16": "float16"}
 
@@ -104,7 +104,8 @@ def _leaf_dtypes(model: FunctionalModel, source: Path) -> dict[str, str]:
         return {name: manifest.leaves[name].dtype for name in shapes}
     sources = leaf_sources(model.weight_rules, shapes, model.arch.num_layers)
     with Checkpoint(source) as checkpoint:
-        check_tensors(sources, checkpoint.tensors, tied=model.arch.tie_word_embeddings, where=str(source))
+        sources = as_stored(sources, checkpoint.tensors)
+        check_tensors(sources, checkpoint.tensors, where=str(source))
         found = {name: {checkpoint.tensors[tensor].dtype for tensor in _tensors(sources[name])} for name in sources}
     return {
         name: _DTYPES.get(kinds.pop(), "float32") if len(kinds) == 1 else "float32" for name, kinds in found.items()

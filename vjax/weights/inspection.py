@@ -12,7 +12,7 @@ from vjax.models.registry import arch_config_from_hf
 from vjax.weights.checkpoint import Checkpoint
 from vjax.weights.hub import ORBAX_FOLDER
 from vjax.weights.manifest import Manifest, stored_format
-from vjax.weights.mapping import check_tensors, leaf_sources
+from vjax.weights.mapping import as_stored, check_tensors, leaf_sources
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,6 @@ def inspect_model(model_dir: Path) -> ModelFacts:
     elif has_weights:
         sources = leaf_sources(model.weight_rules, shapes, arch.num_layers)
         with Checkpoint(model_dir) as checkpoint:
-            check_tensors(sources, checkpoint.tensors, tied=arch.tie_word_embeddings, where=str(model_dir))
+            check_tensors(as_stored(sources, checkpoint.tensors), checkpoint.tensors, where=str(model_dir))
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     return ModelFacts(arch, str(dtype), sum(map(math.prod, shapes.values())), has_weights)

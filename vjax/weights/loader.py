@@ -21,7 +21,7 @@ from vjax.models.functional import FunctionalModel
 from vjax.parallel.sharding import named_sharding
 from vjax.weights.checkpoint import Checkpoint
 from vjax.weights.manifest import stored_format
-from vjax.weights.mapping import LeafSources, check_tensors, leaf_sources
+from vjax.weights.mapping import LeafSources, as_stored, check_tensors, leaf_sources
 from vjax.weights.orbax_parts import restore_leaves
 from vjax.weights.packing import PACKERS
 
@@ -104,7 +104,8 @@ def stored_leaves(
     shapes = {name: spec.shape for name, spec in specs.items()}
     sources = leaf_sources(model.weight_rules, shapes, model.arch.num_layers)
     with Checkpoint(Path(path)) as checkpoint:
-        check_tensors(sources, checkpoint.tensors, tied=model.arch.tie_word_embeddings, where=str(path))
+        sources = as_stored(sources, checkpoint.tensors)
+        check_tensors(sources, checkpoint.tensors, where=str(path))
         # Waiting for the oldest is what bounds memory; beginning the next ones before overlaps reading with transfers.
         begun: deque[tuple[str, jax.Array]] = deque()
         for name, target in targets.items():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from vjax.errors import ModelLoadError
 from vjax.models.weight_rules import WeightRule
@@ -24,6 +24,8 @@ KV_SCALE = re.compile(
     r"model\.layers\.(?P<layer>\d+)\.self_attn\."
     r"((attn\.|[kv]_proj\.)?(?P<which>[kv])_scale|(?P<proj>[kv])_proj\.output_scale|(attn\.)?(?P<both>kv_scale))$"
 )
+
+_PREFIX = "model."
 
 #: Problems that one error message lists.
 _MAX_LISTED = 20
@@ -82,15 +84,27 @@ def leaf_sources(
     return found
 
 
-def check_tensors(
-    sources: Mapping[str, LeafSources], tensors: Mapping[str, TensorInfo], *, tied: bool, where: str
-) -> None:
+def as_stored(sources: dict[str, LeafSources], names: Collection[str]) -> dict[str, LeafSources]:
+    """The sources under the names that a checkpoint has for them: those of a decoder that was saved without a head do
+    not begin with "model."."""
+    if any(name.startswith(_PREFIX) for name in names):
+        return sources
+    bare = {
+        leaf: replace(
+            source, groups=tuple(tuple(name.removeprefix(_PREFIX) for name in group) for group in source.groups)
+        )
+        for leaf, source in sources.items()
+    }
+    wanted = {name for source in bare.values() for group in source.groups for name in group}
+    return bare if wanted & set(names) else sources
+
+
+def check_tensors(sources: Mapping[str, LeafSources], tensors: Mapping[str, TensorInfo], *, where: str) -> None:
     """Compares what the leaves need with what the checkpoint holds.
 
     Args:
         sources: From `leaf_sources`.
         tensors: Name -> info of every tensor of the checkpoint.
-        tied: The head is the embedding, so that a copy of it, lm_head.weight, is no surprise.
         where: Name of the checkpoint, for the message.
 
     Raises:
@@ -103,11 +117,13 @@ def check_tensors(
         for name, shape in zip(group, leaf.shapes, strict=True)
     }
     missing = [f"{name} {list(shape)}" for name, shape in expected.items() if name not in tensors]
+    # Where the head is the embedding there may be a copy of it, and a model that pools has no use for it.
+    has_no_head = "lm_head" not in sources
     unexpected = [
         f"{name} {list(info.shape)}"
         for name, info in tensors.items()
         if name not in expected
-        and not (HARMLESS.match(name) or KV_SCALE.match(name) or (tied and name == "lm_head.weight"))
+        and not (HARMLESS.match(name) or KV_SCALE.match(name) or (has_no_head and name == "lm_head.weight"))
     ]
     misshaped = [
         f"{name}: {list(tensors[name].shape)} in the checkpoint, {list(shape)} from config.json"

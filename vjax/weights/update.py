@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from vjax.errors import VjaxValidationError
 from vjax.models.weight_rules import WeightRule
-from vjax.weights.mapping import HARMLESS, LeafSources, leaf_sources, listed
+from vjax.weights.mapping import HARMLESS, LeafSources, as_stored, leaf_sources, listed
 from vjax.weights.packing import Shape
 
 #: An array's name: a leaf's, a checkpoint tensor's, or a leaf's place in the order of the model's leaves.
@@ -59,7 +59,7 @@ def plan_update(
     """
     arrays = _by_name(arrays, tuple(leaf_shapes)) if arrays and all(isinstance(key, int) for key in arrays) else arrays
     fillable = {name: shape for name, shape in leaf_shapes.items() if name not in kept}
-    sources = leaf_sources(rules, fillable, num_layers)
+    sources = as_stored(leaf_sources(rules, fillable, num_layers), [name for name in arrays if isinstance(name, str)])
     updates: list[LeafUpdate] = []
     used: set[Key] = set()
     missing: list[str] = []
