@@ -67,11 +67,17 @@ class PoolingMethods:
 
         A prompt that failed on the device has `error` set and no data; the others are not touched.
         """
-        check_other_arguments("encode", others)
-        batch = prompt_list(prompts)
-        params = self._pooling_params(pooling_params, len(batch), pooling_task, truncate_prompt_tokens)
-        ids = self._add_all(batch, params, priority_per_prompt(priority, len(batch)), tokenization_kwargs)
-        return self._run(ids, use_tqdm)
+        return self._encode(
+            "encode",
+            prompts,
+            pooling_params,
+            pooling_task,
+            truncate_prompt_tokens=truncate_prompt_tokens,
+            use_tqdm=use_tqdm,
+            priority=priority,
+            tokenization_kwargs=tokenization_kwargs,
+            **others,
+        )
 
     def embed(
         self,
@@ -79,26 +85,13 @@ class PoolingMethods:
         /,
         *,
         pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
-        truncate_prompt_tokens: int | None = None,
-        use_tqdm: bool | Callable[..., Any] = True,
-        priority: Sequence[int] | None = None,
-        tokenization_kwargs: Mapping[str, Any] | None = None,
-        **others: Any,
+        **options: Any,
     ) -> list[EmbeddingRequestOutput]:
         """An embedding of each prompt, of length 1 unless the model, pooler_config or `pooling_params` say otherwise.
 
-        Args: Those of `encode`.
+        Args: Those of `encode`, all but the prompts by name.
         """
-        check_other_arguments("embed", others)
-        outputs = self.encode(
-            prompts,
-            pooling_params,
-            pooling_task="embed",
-            truncate_prompt_tokens=truncate_prompt_tokens,
-            use_tqdm=use_tqdm,
-            priority=priority,
-            tokenization_kwargs=tokenization_kwargs,
-        )
+        outputs = self._encode("embed", prompts, pooling_params, "embed", **options)
         return [EmbeddingRequestOutput.from_base(output) for output in outputs]
 
     def classify(
@@ -107,26 +100,13 @@ class PoolingMethods:
         /,
         *,
         pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
-        truncate_prompt_tokens: int | None = None,
-        use_tqdm: bool | Callable[..., Any] = True,
-        priority: Sequence[int] | None = None,
-        tokenization_kwargs: Mapping[str, Any] | None = None,
-        **others: Any,
+        **options: Any,
     ) -> list[ClassificationRequestOutput]:
         """The probability of each label for each prompt; logits with PoolingParams(use_activation=False).
 
-        Args: Those of `encode`.
+        Args: Those of `encode`, all but the prompts by name.
         """
-        check_other_arguments("classify", others)
-        outputs = self.encode(
-            prompts,
-            pooling_params,
-            pooling_task="classify",
-            truncate_prompt_tokens=truncate_prompt_tokens,
-            use_tqdm=use_tqdm,
-            priority=priority,
-            tokenization_kwargs=tokenization_kwargs,
-        )
+        outputs = self._encode("classify", prompts, pooling_params, "classify", **options)
         return [ClassificationRequestOutput.from_base(output) for output in outputs]
 
     def reward(
@@ -135,28 +115,14 @@ class PoolingMethods:
         /,
         *,
         pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
-        truncate_prompt_tokens: int | None = None,
-        use_tqdm: bool | Callable[..., Any] = True,
-        priority: Sequence[int] | None = None,
-        tokenization_kwargs: Mapping[str, Any] | None = None,
-        **others: Any,
+        **options: Any,
     ) -> list[Pooled]:
         """What a reward model gives for the tokens of each prompt, f32 [tokens, labels]; with pooling type "STEP" for
         the tokens that end a step.
 
-        Args: Those of `encode`.
+        Args: Those of `encode`, all but the prompts by name.
         """
-        check_other_arguments("reward", others)
-        outputs = self.encode(
-            prompts,
-            pooling_params,
-            pooling_task="token_classify",
-            truncate_prompt_tokens=truncate_prompt_tokens,
-            use_tqdm=use_tqdm,
-            priority=priority,
-            tokenization_kwargs=tokenization_kwargs,
-        )
-        return outputs
+        return self._encode("reward", prompts, pooling_params, "token_classify", **options)
 
     def score(
         self,
@@ -210,6 +176,26 @@ class PoolingMethods:
         ]
         outputs = self.encode([{"prompt_token_ids": ids} for ids in pairs], params, use_tqdm=use_tqdm)
         return [ScoringRequestOutput.from_base(output) for output in outputs]
+
+    def _encode(
+        self,
+        method: str,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None,
+        task: str | None,
+        *,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        priority: Sequence[int] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        **others: Any,
+    ) -> list[Pooled]:
+        """`encode`, as it or the `method` for one task was called."""
+        check_other_arguments(method, others)
+        batch = prompt_list(prompts)
+        params = self._pooling_params(pooling_params, len(batch), task, truncate_prompt_tokens)
+        ids = self._add_all(batch, params, priority_per_prompt(priority, len(batch)), tokenization_kwargs)
+        return self._run(ids, use_tqdm)
 
     def _pooling(self, params: Any) -> Pooling:
         return self.llm_engine.check_pooling(params)

@@ -15,17 +15,16 @@ import itertools
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-import numpy as np
 
 from vjax import envs
 from vjax.beam_search import BeamSearch, BeamSearchOutput, check_beam_search
 from vjax.config.engine_args import EngineArgs
 from vjax.config.engine_config import EngineConfig, ModelConfig
 from vjax.engine import heap
+from vjax.engine.async_control import AsyncControl
 from vjax.engine.batch_args import Prompt, check_other_arguments
 from vjax.engine.client import EngineClient, ThreadClient, again, shut_down_error
 from vjax.engine.collector import OutputCollector, wake
@@ -35,7 +34,6 @@ from vjax.engine.pooling_outputs import make_output_processor
 from vjax.engine.process_client import start_process
 from vjax.engine.protocol import Outputs
 from vjax.engine.recorder import MetricsRecorder
-from vjax.engine.remote import OnModel, check_sleep, check_tags, remote_function, weight_update
 from vjax.errors import EngineDeadError, VjaxValidationError
 from vjax.log import logger
 from vjax.metrics import Metric
@@ -59,7 +57,7 @@ class _Search:
     is_aborted: bool = False
 
 
-class AsyncLLM:
+class AsyncLLM(AsyncControl):
     """An engine that serves concurrent callers.
 
     Args:
@@ -85,7 +83,6 @@ class AsyncLLM:
         self._searches: dict[str, _Search] = {}
         self._dead: EngineDeadError | None = None
         self._is_shut_down = False
-        self._is_updating = False
         self._numbers = itertools.count()
         self._client: EngineClient
         self.tokenizer: Tokenizer | None
@@ -306,6 +303,9 @@ class AsyncLLM:
         self._client.abort_requests(core_ids)
         self._wake(waiters)
 
+    async def _abort_all(self) -> None:
+        await self.abort([*self._collectors, *self._searches])
+
     def _add(self, batch: Sequence[ProcessedRequest | ProcessedPooling]) -> list[OutputCollector]:
         """Adds all requests, or none."""
         loop = asyncio.get_running_loop()
@@ -426,121 +426,6 @@ class AsyncLLM:
         with self._lock:
             return self._recorder.snapshot(stats)
 
-    async def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
-        """Forgets all cached prefixes; False (with a warning) while requests hold blocks.
-
-        Args:
-            reset_running_requests: Running requests give their blocks back first, and are computed again.
-        """
-        done = await self._call("reset_prefix_cache", reset_running_requests)
-        if not done:
-            log.warning("the prefix cache was not reset: unfinished requests hold blocks; finish or abort them first")
-        return done
-
-    async def sleep(self, level: int = 1, mode: str = "abort") -> None:
-        """As `LLM.sleep`; callers of `generate` wait until `wake_up`. With "abort" the callers of now get their last
-        outputs."""
-        check_sleep(level, mode)
-        self._check_alive()
-        if mode == "abort":
-            await self.abort([*self._collectors, *self._searches])
-        await self._call("sleep", level, mode == "wait")
-
-    async def wake_up(self, tags: Sequence[str] | None = None) -> None:
-        """As `LLM.wake_up`."""
-        await self._call("wake_up", check_tags(tags))
-
-    async def is_sleeping(self) -> bool:
-        """Asleep at any level, in part as well."""
-        return await self._call("is_sleeping")
-
-    async def pause_generation(self, *, mode: str = "abort", clear_cache: bool = True) -> None:
-        """Stops scheduling until `resume_generation`, and keeps the memory: `sleep(0, mode)` under another name.
-
-        Args:
-            mode: What becomes of unfinished requests, as `sleep`. Further ones wait.
-            clear_cache: Forgets the prefix cache too; requests that wait in the middle ("keep") compute their KV again.
-
-        Raises:
-            VjaxValidationError: There is no such mode.
-        """
-        await self.sleep(0, mode)
-        if clear_cache:
-            await self._call("reset_prefix_cache", True)
-
-    async def resume_generation(self) -> None:
-        """Ends `pause_generation`; nothing happens where generation is not paused.
-
-        Raises:
-            EngineAsleepError: Weights or KV cache sleep; that takes `wake_up`.
-        """
-        if await self.is_paused():
-            await self.wake_up(["scheduling"])
-
-    async def is_paused(self) -> bool:
-        """Whether requests wait for `resume_generation` or `wake_up`."""
-        return await self.is_sleeping()
-
-    async def update_weights(self, params: Mapping[str, Any] | Sequence[Any], *, partial: bool = False) -> None:
-        """As `LLM.update_weights`. Requests that come meanwhile wait. Who is cancelled half-way leaves an engine that
-        sleeps without weights.
-
-        Raises:
-            RuntimeError: Another update is under way.
-        """
-        with self._lock:
-            if self._is_updating:
-                raise RuntimeError("Another update of the weights is under way; wait for it.")
-            self._is_updating = True
-        calls = weight_update(params, partial=partial, to_host=not self._client.in_process)
-        try:
-            method, arguments = next(calls)
-            while True:
-                method, arguments = calls.send(await self._call(method, *arguments))
-        except StopIteration:
-            return
-        except BaseException:
-            self._client.call("abandon_weight_update")
-            raise
-        finally:
-            self._is_updating = False
-
-    async def get_weights(self, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        """As `LLM.get_weights`."""
-        wanted = await self._call("weight_names") if names is None else names
-        return {name: await self._call("get_weight", name) for name in wanted}
-
-    async def collective_rpc(
-        self,
-        method: str | Callable[..., Any],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-        *,
-        timeout: float | None = None,
-    ) -> list[Any]:
-        """As `LLM.collective_rpc`.
-
-        Args:
-            timeout: Seconds to wait for the result; None: without limit. The call itself goes on.
-
-        Raises:
-            TimeoutError: They have passed.
-        """
-        name, arguments = remote_function(method, args, kwargs, in_process=self._client.in_process)
-        return [await asyncio.wait_for(self._call(name, *arguments), timeout)]
-
-    async def apply_model(self, func: Callable[[Any], Any]) -> list[Any]:
-        """As `LLM.apply_model`."""
-        return await self.collective_rpc(OnModel(func))
-
-    async def start_profile(self, profile_prefix: str | None = None) -> None:
-        """As `LLM.start_profile`: of the engine's process, or of this one."""
-        await self._call("start_profile", profile_prefix)
-
-    async def stop_profile(self) -> None:
-        """As `LLM.stop_profile`."""
-        await self._call("stop_profile")
-
     async def check_health(self) -> None:
         """Raises: EngineDeadError when the engine has ended."""
         self._check_alive()
@@ -576,9 +461,6 @@ class AsyncLLM:
 
     def __exit__(self, *exc: object) -> None:
         self.shutdown()
-
-    async def _call(self, method: str, *arguments: Any) -> Any:
-        return await asyncio.wrap_future(self._client.call(method, *arguments))
 
     def _check_alive(self) -> None:
         if not self.is_running:

@@ -142,10 +142,13 @@ def pack_leaf(sources: LeafSources, tensors: list[list[Any]], dtype, sharding: N
 
 def place(array: Any, sharding: NamedSharding) -> jax.Array:
     """A numpy or jax array on its placement, in memory of its own."""
-    if isinstance(array, np.ndarray) and next(iter(sharding.device_set)).platform == "cpu":
+    if isinstance(array, jax.Array):
+        return jax.device_put(array, sharding, may_alias=False)
+    if next(iter(sharding.device_set)).platform == "cpu":
         # The CPU takes numpy's memory as it is where that is aligned, whatever may_alias says: a file's, or the user's.
         array = array.copy()
-    return jax.device_put(array, sharding, may_alias=False)
+    # A GPU reads a file's pages as they are transferred: told not to alias, JAX might copy a leaf on the host first.
+    return jax.device_put(array, sharding)
 
 
 @functools.cache
