@@ -16,7 +16,7 @@ from vjax import __version__, envs
 
 _PACKAGES = (
     *("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "numpy", "safetensors", "transformers"),
-    *("tokenizers", "huggingface-hub", "orbax-checkpoint", "torch"),
+    *("tokenizers", "huggingface-hub", "orbax-checkpoint", "msgspec", "pyzmq", "llguidance", "torch"),
 )
 
 
