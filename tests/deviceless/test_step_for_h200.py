@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels.implementation import mosaic_unavailable_reason
 from tests.deviceless.compile_step import run
 
-STEP = ("decode[1]", "decode[256]", "mixed[2048]", "sample_greedy[8]", "sample_full[256]")
+STEP = ("decode[1]", "decode[256]", "mixed[2048, 1024 sequences]", "sample_greedy[8]", "sample_full[256]")
 UPDATES = ("write_rows", "write_masked_ids")
 
 

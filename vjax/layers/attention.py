@@ -33,6 +33,8 @@ class AttentionMetadata:
     slots: jax.Array
     #: From `pallas_kernels.plan_attention`, for the number of heads on one shard.
     plan: pallas_kernels.AttentionPlan
+    #: i32 [Q]: the tokens that attend, in the plan's order. None: all T. Keys and values are written for all.
+    queries: jax.Array | None = None
 
 
 class Attention(nnx.Module):
@@ -64,7 +66,10 @@ class Attention(nnx.Module):
         rope: tuple[jax.Array, jax.Array],
         meta: AttentionMetadata,
     ) -> tuple[jax.Array, KVCache]:
-        """x `[T, hidden]` -> `[T, hidden]` and the cache with this step's keys and values written into it."""
+        """x `[T, hidden]` -> `[Q, hidden]` and the cache with this step's keys and values written into it.
+
+        Q is T, or the number of `meta.queries`.
+        """
         num_tokens = x.shape[0]
         hidden, kv_heads, slices, head_dim = self.qkv.shape
         dense = unsharded(meta.plan.implementation, self.mesh)
@@ -74,7 +79,7 @@ class Attention(nnx.Module):
         norms = (vectors["q_norm"], vectors["k_norm"]) if "q_norm" in vectors else None
         scales = vectors.get("k_scale"), vectors.get("v_scale")
         out, kv = self._attend(qkv, norms, rope, kv, meta, scales)
-        out = matmul(out.reshape(num_tokens, -1), self.o[...].reshape(-1, hidden), dense)
+        out = matmul(out.reshape(out.shape[0], -1), self.o[...].reshape(-1, hidden), dense)
         return (out + vectors["o_bias"] if "o_bias" in vectors else out), kv
 
     def _attend(
@@ -126,6 +131,8 @@ class Attention(nnx.Module):
             implementation=meta.plan.implementation,
             **scaled,
         )
+        if meta.queries is not None:
+            q = q[meta.queries]
         out = pallas_kernels.ragged_paged_attention(
             q, k_cache, v_cache, meta.plan, scale=self.scale, sliding_window=self.sliding_window, **scaled
         )

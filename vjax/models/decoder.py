@@ -46,8 +46,13 @@ class DecoderLayer(nnx.Module):
         rope: tuple[jax.Array, jax.Array],
         meta: AttentionMetadata,
     ) -> tuple[jax.Array, jax.Array, KVCache]:
-        """The residual stream x and attention's input `[T, hidden]` -> x, what to add to it, and the cache."""
+        """The residual stream x and attention's input `[T, hidden]` -> x, what to add to it, and the cache.
+
+        With `meta.queries` both results are those tokens' only.
+        """
         out, kv = self.attention(normed, vectors, kv, rope, meta)
+        if meta.queries is not None:
+            x = x[meta.queries]
         dense = unsharded(meta.plan.implementation, self.mesh)
         x, normed = add_rms_norm(x, out, vectors["mlp_norm"], self.rms_norm_eps, implementation=dense)
         return x, self.mlp(normed, vectors, dense), kv
@@ -102,18 +107,29 @@ class DecoderModel(nnx.Module):
             self.score_hidden_bias = param(rngs, (arch.hidden_size,), (None,), dtype)
 
     def __call__(
-        self, token_ids: jax.Array, kv: tuple[KVCache, ...], meta: AttentionMetadata
+        self,
+        token_ids: jax.Array,
+        kv: tuple[KVCache, ...],
+        meta: AttentionMetadata,
+        last_meta: AttentionMetadata | None = None,
     ) -> tuple[jax.Array, tuple[KVCache, ...]]:
-        """token_ids i32 `[T]` -> hidden states `[T, hidden]` before the final norm, and the caches, one per layer."""
+        """token_ids i32 `[T]` -> hidden states `[T, hidden]` before the final norm, and the caches, one per layer.
+
+        Args:
+            last_meta: For the last layer instead of `meta`. Nothing reads what it gives for other tokens than those
+                that logits are wanted of: with `queries` it computes, and the result is, theirs alone, `[Q, hidden]`.
+        """
         rope = rope_cos_sin(meta.positions, self.arch.rope, self.arch.head_dim)
         x = embed_tokens(self.embed[...], token_ids)
         vectors = [self.vectors.layer(index) for index in range(len(self.layers))]
         normed = rms_norm(x, vectors[0]["attention_norm"], self.arch.rms_norm_eps)
         updated = []
         for index, (layer, layer_kv) in enumerate(zip(self.layers, kv, strict=True)):
-            x, delta, layer_kv = _run_layer(*nnx.split(layer), x, normed, vectors[index], layer_kv, rope, meta)
+            is_last = index + 1 == len(self.layers)
+            layer_meta = last_meta if is_last and last_meta is not None else meta
+            x, delta, layer_kv = _run_layer(*nnx.split(layer), x, normed, vectors[index], layer_kv, rope, layer_meta)
             updated.append(layer_kv)
-            if index + 1 == len(self.layers):
+            if is_last:
                 x = x + delta
             else:
                 weight, eps = vectors[index + 1]["attention_norm"], self.arch.rms_norm_eps

@@ -67,10 +67,18 @@ class FunctionalModel:
         self.weight_rules: tuple[WeightRule, ...] = model_class.weight_rules + POOLING_HEAD_RULES[arch.head]
 
     def forward(
-        self, leaves: tuple[jax.Array, ...], token_ids: jax.Array, kv: tuple[KVCache, ...], meta: AttentionMetadata
+        self,
+        leaves: tuple[jax.Array, ...],
+        token_ids: jax.Array,
+        kv: tuple[KVCache, ...],
+        meta: AttentionMetadata,
+        last_meta: AttentionMetadata | None = None,
     ) -> tuple[jax.Array, tuple[KVCache, ...]]:
-        """All leaves, token_ids i32 `[T]`, caches per layer -> hidden `[T, hidden]` before the final norm, caches."""
-        return self._merge(leaves)(token_ids, kv, meta)
+        """All leaves, token_ids i32 `[T]`, caches per layer -> hidden `[T, hidden]` before the final norm, caches.
+
+        With `queries` in `last_meta`, the last layer's, hidden is `[Q, hidden]`.
+        """
+        return self._merge(leaves)(token_ids, kv, meta, last_meta)
 
     def logits(self, head_leaves: tuple[jax.Array, ...], hidden: jax.Array) -> jax.Array:
         """Leaves of `head_leaf_names`, hidden `[R, hidden]` from `forward` -> final norm, head: f32 `[R, vocab]`."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 # Dense where padding costs: 1,024 rows take 6 ms more than 768, while 32 rows take as long as 16.
 _GPU_DECODE = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 _GPU_MIXED = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+#: Mixed buckets of fewer sequences beside those of as many as may run: their last layer is computed for fewer tokens.
+_GPU_FEW_SEQS = ((2048, 256),)
 _GPU_SAMPLE = (1, 8, 32, 64, 128, 256, 384, 512, 768, 1024)
 # XLA compiles for the CPU on the cores that serve: few, wide steps between buckets.
 _CPU_DECODE = (4, 16, 64, 256, 1024)
@@ -30,9 +32,15 @@ class ForwardBucket:
     keeps_hidden: bool = False
 
     @property
+    def selects_last(self) -> bool:
+        """Whether the last layer computes one token a sequence only, the last, which is sampled from."""
+        return self.num_seqs < self.num_tokens and not self.keeps_hidden
+
+    @property
     def name(self) -> str:
         family = "decode" if self.decode_only else "mixed"
-        return f"{family}{'_keeping_hidden' if self.keeps_hidden else ''}[{self.num_tokens}]"
+        size = f"{self.num_tokens}" if self.decode_only else f"{self.num_tokens}, {self.num_seqs} sequences"
+        return f"{family}{'_keeping_hidden' if self.keeps_hidden else ''}[{size}]"
 
 
 def _sizes(preferred: tuple[int, ...], largest: int) -> tuple[int, ...]:
@@ -63,13 +71,19 @@ class Buckets:
         mixed = _sizes(_GPU_MIXED if gpu else _CPU_MIXED, max_num_batched_tokens)
         if pools:
             return cls((), tuple(ForwardBucket(n, min(n, max_num_seqs), False, keeps_hidden=True) for n in mixed), ())
+        shapes = {(n, min(n, max_num_seqs)) for n in mixed}
+        if gpu:
+            shapes |= {(n, num_seqs) for n, num_seqs in _GPU_FEW_SEQS if n in mixed and num_seqs < max_num_seqs}
         return cls(
             decode=tuple(ForwardBucket(n, n, True) for n in decode),
-            mixed=tuple(ForwardBucket(n, min(n, max_num_seqs), False) for n in mixed),
+            mixed=tuple(ForwardBucket(n, num_seqs, False) for n, num_seqs in sorted(shapes)),
             sample=_sizes(_GPU_SAMPLE if gpu else _CPU_SAMPLE, max_num_seqs),
         )
 
     def forward_bucket(self, num_tokens: int, num_seqs: int) -> ForwardBucket:
         """The tightest bucket that fits a step."""
         family = self.decode if num_tokens == num_seqs and self.decode else self.mixed
-        return family[bisect_left(family, num_tokens, key=lambda b: b.num_tokens)]
+        index = bisect_left(family, num_tokens, key=lambda b: b.num_tokens)
+        while family[index].num_seqs < num_seqs:
+            index += 1
+        return family[index]

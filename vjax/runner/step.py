@@ -13,14 +13,15 @@ the device alone knows (the last sampled token, how far a row has come) never le
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import plan_attention
+from pallas_kernels import AttentionPlan, plan_attention
 from vjax.config.engine_config import DEFAULT_MAX_LOGPROBS
 from vjax.errors import ConfigError
 from vjax.logits_processor import LogitsProcessor, num_columns
@@ -147,11 +148,17 @@ class Step:
         start = rows.num_computed[seq_rows]
         kv_lens = jnp.where(in_batch, start + batch.cu_tokens[1:] - batch.cu_tokens[:-1], 0)
         meta, token_ids = self._metadata(bucket, batch, rows, seq_rows, start, kv_lens)
+        last_token_index = jnp.maximum(batch.cu_tokens[1:] - 1, 0)
+        last_meta = None
+        if bucket.selects_last:
+            sampled_lens = jnp.where(jnp.arange(layout.num_seqs) < batch.num_sampled, kv_lens, 0)
+            plan = self._plan_last(rows, seq_rows, sampled_lens, batch.num_sampled)
+            last_meta = replace(meta, plan=plan, queries=last_token_index)
 
-        hidden, kv = self.model.forward(leaves, token_ids, kv, meta)
+        hidden, kv = self.model.forward(leaves, token_ids, kv, meta, last_meta)
 
         num_rows = rows.num_computed.shape[0]
-        last_token_index = jnp.maximum(batch.cu_tokens[1:] - 1, 0)
+        selected = hidden if bucket.selects_last else hidden[last_token_index]
         sampled = jnp.where(jnp.arange(layout.num_seqs) < batch.num_sampled, seq_rows, 0)
         # Nothing of an earlier step stays: a sample program may read more rows than this bucket has, and a row left
         # there would get that step's token again.
@@ -162,7 +169,7 @@ class Step:
             block_tokens=block_tokens.reshape(rows.block_tokens.shape),
             num_computed=rows.num_computed.at[jnp.where(in_batch, seq_rows, num_rows)].set(kv_lens, mode="drop"),
             sampled_rows=sampled_rows,
-            hidden=jax.lax.dynamic_update_slice(rows.hidden, hidden[last_token_index], (0, 0)),
+            hidden=jax.lax.dynamic_update_slice(rows.hidden, selected, (0, 0)),
         )
         done = batch.num_tokens + 0
         return (kv, rows, done, hidden) if bucket.keeps_hidden else (kv, rows, done)
@@ -181,20 +188,14 @@ class Step:
         position = jnp.where(in_batch, start[seq] + token - batch.cu_tokens[seq], 0)
         block = rows.block_table[row, position // g.block_size]
         token_ids = jnp.where(batch.token_ids < 0, rows.last_token[row], batch.token_ids)
-        plan = plan_attention(
-            rows.block_table,
+        plan = self._plan(
+            rows,
             seq_rows,
             batch.cu_tokens,
             kv_lens,
             num_tokens=bucket.num_tokens,
-            num_q_heads=self.model.arch.num_heads,
-            num_kv_heads=self.model.arch.num_kv_heads,
-            head_dim=g.kv_head_dim,
-            block_size=g.block_size,
-            dtype=g.kv_dtype,
             decode_only=bucket.decode_only,
             sliding_windows=tuple(dict.fromkeys(self.model.arch.sliding_windows)),
-            implementation=g.implementation,
         )
         meta = AttentionMetadata(
             positions=position,
@@ -202,6 +203,37 @@ class Step:
             plan=plan,
         )
         return meta, jnp.where(in_batch, token_ids, 0)
+
+    def _plan_last(self, rows: RowState, seq_rows, sampled_lens, num_sampled) -> AttentionPlan:
+        """For the last layer of a bucket that `selects_last`: the last token of each sampled sequence attends."""
+        num_seqs = seq_rows.shape[0]
+        cu_tokens = jnp.minimum(jnp.arange(num_seqs + 1, dtype=jnp.int32), num_sampled)
+        window = self.model.arch.sliding_windows[-1]
+        return self._plan(
+            rows,
+            seq_rows,
+            cu_tokens,
+            sampled_lens,
+            num_tokens=num_seqs,
+            decode_only=True,
+            sliding_windows=(window,),
+        )
+
+    def _plan(self, rows: RowState, seq_rows, cu_tokens, kv_lens, **shape: Any) -> AttentionPlan:
+        g, arch = self.geometry, self.model.arch
+        return plan_attention(
+            rows.block_table,
+            seq_rows,
+            cu_tokens,
+            kv_lens,
+            num_q_heads=arch.num_heads,
+            num_kv_heads=arch.num_kv_heads,
+            head_dim=g.kv_head_dim,
+            block_size=g.block_size,
+            dtype=g.kv_dtype,
+            implementation=g.implementation,
+            **shape,
+        )
 
     def sample(self, num_rows: int, variant: Variant, head_leaves: tuple, rows: RowState):
         """Samples one token for each of the first `num_rows` rows that the last forward made ready.
