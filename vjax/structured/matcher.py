@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,10 @@ from vjax.structured.reasoning import ReasoningTags
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher
+
+
+#: More threads fill the masks of 64 rows no sooner, and take time from the one that sends steps to the device.
+_THREADS = max(1, min(8, (os.cpu_count() or 1) // 2))
 
 
 class GrammarMatcher:
@@ -81,7 +86,7 @@ class MaskFiller:
         if self._executor is None:
             from llguidance import LLExecutor
 
-            self._executor = LLExecutor()
+            self._executor = LLExecutor(num_threads=_THREADS)
         assert mask.dtype == np.int32 and mask.flags.c_contiguous
         pairs = [(m.matcher, row) for row, m in matchers]
         self._executor.unsafe_compute_mask_ptr(pairs, mask.ctypes.data, mask.shape[1] * 4, len(mask))  # pyright: ignore[reportArgumentType]
