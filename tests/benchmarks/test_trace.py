@@ -35,6 +35,14 @@ def test_usage_of_kernels_that_overlap():
     assert used.counts["matrix products"] == 2 and sum(used.counts.values()) == 4
 
 
+def test_a_launch_lasts_from_its_first_kernel_to_its_last():
+    graph = [Kernel("gemm", 0, 1000, 7), Kernel("fusion", 2000, 3000, 7), Kernel("gemm", 4000, 6000, 7)]
+    alone = [Kernel("MemcpyD2H", 2500, 2600, 8), Kernel("fusion", 7000, 8000, 9), Kernel("fusion", 9000, 10000)]
+    used = usage(sorted([*graph, *alone], key=lambda kernel: kernel.start))
+    assert used.busy == pytest.approx(6e-6) and used.launched == pytest.approx(8e-6)
+    assert used.coverage == pytest.approx(0.8)
+
+
 def test_picture_of_a_step(tmp_path):
     pytest.importorskip("matplotlib")
     from vjax.benchmarks import step_picture

@@ -63,8 +63,9 @@ def profile(llm: LLM, requests: Sequence[Request], folder: Path) -> Record:
         requests: Seen by `measure.prepare` and `check`; as many as can run at once.
 
     Returns:
-        Seconds a step: by category of kernels, the time in which the device worked, and what reading the weights and
-        the cache takes at the bandwidth that this device reaches.
+        Seconds a step: by category of kernels, the time in which any kernel ran ("busy"), and what reading the weights
+        and the cache takes at the bandwidth that this device reaches. "coverage" is the share of the time in which a
+        launch was under way, that of a whole graph as one.
     """
     import jax
 
@@ -87,7 +88,10 @@ def profile(llm: LLM, requests: Sequence[Request], folder: Path) -> Record:
     decoding = 0
     while decoding < _WARM_STEPS:
         decoding = decoding + 1 if len(engine.step()) == len(requests) else 0
-    with jax.profiler.trace(str(folder)):
+    options = jax.profiler.ProfileOptions()
+    # Calls of Python functions: recording them slows the host until the device waits for it.
+    options.python_tracer_level = 0
+    with jax.profiler.trace(str(folder), profiler_options=options):
         for _ in range(_STEPS):
             engine.step()
     while engine.has_unfinished_requests():

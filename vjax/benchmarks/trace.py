@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 #: Category -> parts of the names of its kernels. The first category that fits is taken, the last takes the rest.
 CATEGORIES: dict[str, tuple[str, ...]] = {
@@ -20,11 +21,16 @@ CATEGORIES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel or transfer on the device; nanoseconds on the trace's clock."""
+    """One kernel or transfer on the device; nanoseconds on the trace's clock.
+
+    Attributes:
+        launch: The call that launched it; kernels of one graph launch share it. -1: the trace does not say.
+    """
 
     name: str
     start: float
     end: float
+    launch: int = -1
 
     @property
     def category(self) -> str:
@@ -39,19 +45,22 @@ class Usage:
     Attributes:
         span: From the first kernel's start to the last one's end.
         busy: Of it, time in which at least one kernel ran.
+        launched: Of it, time from the first start to the last end of the kernels of a launch. Of a graph it includes
+            the gaps between its kernels, some of which only tracing makes.
         by_category: Category -> sum of its kernels' durations.
         counts: Category -> number of kernels.
     """
 
     span: float
     busy: float
+    launched: float
     by_category: dict[str, float]
     counts: dict[str, int]
 
     @property
     def coverage(self) -> float:
-        """Share of the span in which the device worked."""
-        return self.busy / self.span
+        """Share of the span in which a launch was under way."""
+        return self.launched / self.span
 
 
 def read_kernels(folder: Path) -> list[Kernel]:
@@ -69,7 +78,7 @@ def read_kernels(folder: Path) -> list[Kernel]:
     events = [
         event for plane in planes for line in plane.lines if line.name.startswith("Stream") for event in line.events
     ]
-    kernels = [Kernel(e.name, e.start_ns, e.start_ns + e.duration_ns) for e in events]
+    kernels = [Kernel(e.name, e.start_ns, e.start_ns + e.duration_ns, _launch(e)) for e in events]
     return sorted(kernels, key=lambda kernel: kernel.start)
 
 
@@ -81,13 +90,28 @@ def usage(kernels: Sequence[Kernel]) -> Usage:
         by_category[kernel.category] += (kernel.end - kernel.start) / 1e9
         counts[kernel.category] += 1
     span = max(kernel.end for kernel in kernels) - kernels[0].start
-    return Usage(span / 1e9, _covered(kernels) / 1e9, by_category, counts)
+    busy = _covered((kernel.start, kernel.end) for kernel in kernels)
+    return Usage(span / 1e9, busy / 1e9, _covered(_launches(kernels)) / 1e9, by_category, counts)
 
 
-def _covered(kernels: Iterable[Kernel]) -> float:
-    """Length of the union of the kernels' times."""
+def _launch(event: Any) -> int:
+    return next((int(value) for name, value in event.stats if name == "correlation_id"), -1)
+
+
+def _launches(kernels: Iterable[Kernel]) -> list[tuple[float, float]]:
+    """Start and end of each launch, in order of the start."""
+    spans: dict[int, tuple[float, float]] = {}
+    for index, kernel in enumerate(kernels):
+        launch = kernel.launch if kernel.launch >= 0 else -1 - index
+        start, end = spans.get(launch, (kernel.start, kernel.end))
+        spans[launch] = (min(start, kernel.start), max(end, kernel.end))
+    return sorted(spans.values())
+
+
+def _covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of spans, which are in order of their start."""
     covered, reached = 0.0, float("-inf")
-    for kernel in kernels:
-        covered += max(0.0, kernel.end - max(kernel.start, reached))
-        reached = max(reached, kernel.end)
+    for start, end in spans:
+        covered += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
     return covered
