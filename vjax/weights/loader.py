@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import zlib
 from collections import deque
@@ -16,7 +17,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
-from vjax.layers.param import initial_value
 from vjax.models.functional import FunctionalModel
 from vjax.parallel.sharding import named_sharding
 from vjax.weights.checkpoint import Checkpoint
@@ -27,6 +27,9 @@ from vjax.weights.packing import PACKERS
 
 #: Bytes of the leaves that may be under way from a file to the devices.
 IN_FLIGHT_BYTES = 512 << 20
+#: "dummy" draws uniformly from -DUMMY_LIMIT to DUMMY_LIMIT, as vLLM does: a product's energy, and with it the clock of a
+#: GPU at its power limit, depends on the values.
+DUMMY_LIMIT = 1e-3
 
 
 def load_weights(
@@ -172,9 +175,14 @@ def _random_leaves(model: FunctionalModel, seed: int, mesh: Mesh) -> Iterator[tu
 
 @functools.cache
 def _random_on_device(init: str, shape: tuple[int, ...], dtype: str, sharding: NamedSharding) -> Callable:
-    """A jitted initialiser, shared by leaves of the same shape."""
+    """A jitted generator, shared by leaves of the same shape."""
 
     def draw(seed: jax.Array, name_hash: jax.Array) -> jax.Array:
-        return initial_value(init, jax.random.fold_in(jax.random.key(seed), name_hash), shape, dtype)
+        if init == "ones":
+            return jnp.ones(shape, dtype)
+        key = jax.random.fold_in(jax.random.key(seed), name_hash)
+        # Drawn flat: XLA takes seconds to compile the generator over several dimensions.
+        flat = jax.random.uniform(key, (math.prod(shape),), jnp.float32, -DUMMY_LIMIT, DUMMY_LIMIT)
+        return flat.astype(dtype).reshape(shape)
 
     return jax.jit(draw, out_shardings=sharding)
