@@ -1,7 +1,7 @@
 """Saves and restores leaves with Orbax, a part of the checkpoint at a time.
 
-A part is an Orbax checkpoint of its own, so that no more than one part is on the host; restoring, the next one beside it
-if that is at most PART_BYTES. Files are mapped when they are restored, so that they take no memory themselves.
+A part is an Orbax checkpoint of its own, so that no more than one part is on the host; restoring, the next one too where
+that is at most PART_BYTES. Files are mapped when they are restored, so that they take no memory themselves.
 """
 
 from __future__ import annotations
@@ -108,14 +108,17 @@ def _checkpointer(**options: Any) -> ocp.Checkpointer:
     import orbax.checkpoint as ocp
 
     # Trained weights hardly compress, and decompressing them would take longer than reading them.
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, use_compression=False, **options))
+    return ocp.Checkpointer(
+        ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, use_compression=False, **options)
+    )
 
 
 def _mapped_arrays() -> ocp.type_handlers.TypeHandlerRegistry:
-    """Restores arrays with a host memory of little more than their own bytes.
+    """Restores arrays with host memory of little more than their own bytes.
 
-    TensorStore reads up to 128 chunks at a time, all of those of a leaf, into buffers of their own, which malloc keeps:
-    twice the leaf and more. Chunks of mapped files it copies from the page cache into the leaf, which is faster as well.
+    As Orbax sets it, TensorStore reads up to 128 chunks at a time, which may be all of a leaf, into buffers that malloc
+    keeps afterwards: twice the leaf and more. From a mapped file it copies a chunk straight into the leaf; as it asks
+    for the pages ahead of that, this is no slower, in the page cache or not.
     """
     import orbax.checkpoint as ocp
     import tensorstore as ts
@@ -125,9 +128,8 @@ def _mapped_arrays() -> ocp.type_handlers.TypeHandlerRegistry:
             # JAX keeps the host memory of a finished transfer until its next one, which here comes after the next leaf
             # has been read, or until Python collects garbage, of any generation.
             gc.collect(0)
-            mapped = {"file_io_mode": {"mode": "memmap"}}
-            infos = [info.replace(ts_context=ts.Context(mapped, info.ts_context)) for info in infos]
-            return await super().deserialize(infos, args)
+            context = ts.Context({"file_io_mode": {"mode": "memmap"}}, infos[0].ts_context)
+            return await super().deserialize([info.replace(ts_context=context) for info in infos], args)
 
     return ocp.type_handlers.create_type_handler_registry((jax.Array, MappedArrayHandler()))
 
