@@ -1,7 +1,7 @@
 """Saves and restores leaves with Orbax, a part of the checkpoint at a time.
 
-A part is an Orbax checkpoint of its own, so that no more than one part is on the host; restoring, the next one too where
-that is at most PART_BYTES. Files are mapped when they are restored, so that they take no memory themselves.
+A part is an Orbax checkpoint of its own, so that no more than one part is on the host; restoring, the next one too if
+it is at most PART_BYTES. Files are mapped when they are restored, so that they take no memory themselves.
 """
 
 from __future__ import annotations
