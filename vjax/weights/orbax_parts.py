@@ -1,10 +1,12 @@
 """Saves and restores leaves with Orbax, a part of the checkpoint at a time.
 
-A part is an Orbax checkpoint of its own, so that no more than one part (restoring: two) is on the host.
+A part is an Orbax checkpoint of its own, so that no more than one part is on the host; restoring, the next one too if
+it is at most PART_BYTES. Files are mapped when they are restored, so that they take no memory themselves.
 """
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -68,7 +70,7 @@ def restore_leaves(
     manifest = Manifest.read(model_dir)
     manifest.check(architecture, {name: target.shape for name, target in targets.items()}, str(model_dir))
     manifest.check_files(model_dir)
-    with _checkpointer() as checkpointer, ThreadPoolExecutor(1) as ahead:
+    with _checkpointer(type_handler_registry=_mapped_arrays()) as checkpointer, ThreadPoolExecutor(1) as ahead:
 
         def restore(part: str, names: Sequence[str]) -> dict[str, jax.Array]:
             folder = (model_dir / ORBAX_FOLDER / part).absolute()
@@ -102,11 +104,34 @@ def restore_leaves(
                 yield name, jax.block_until_ready(restored.pop(name))
 
 
-def _checkpointer() -> ocp.Checkpointer:
+def _checkpointer(**options: Any) -> ocp.Checkpointer:
     import orbax.checkpoint as ocp
 
     # Trained weights hardly compress, and decompressing them would take longer than reading them.
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, use_compression=False))
+    return ocp.Checkpointer(
+        ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, use_compression=False, **options)
+    )
+
+
+def _mapped_arrays() -> ocp.type_handlers.TypeHandlerRegistry:
+    """Restores arrays with host memory of little more than their own bytes.
+
+    As Orbax sets it, TensorStore reads up to 128 chunks at a time, which may be all of a leaf, into buffers that malloc
+    keeps afterwards: twice the leaf and more. From a mapped file it copies a chunk straight into the leaf; as it asks
+    for the pages ahead of that, this is no slower, in the page cache or not.
+    """
+    import orbax.checkpoint as ocp
+    import tensorstore as ts
+
+    class MappedArrayHandler(ocp.type_handlers.ArrayHandler):
+        async def deserialize(self, infos, args=None):
+            # JAX keeps the host memory of a finished transfer until its next one, which here comes after the next leaf
+            # has been read, or until Python collects garbage, of any generation.
+            gc.collect(0)
+            context = ts.Context({"file_io_mode": {"mode": "memmap"}}, infos[0].ts_context)
+            return await super().deserialize([info.replace(ts_context=context) for info in infos], args)
+
+    return ocp.type_handlers.create_type_handler_registry((jax.Array, MappedArrayHandler()))
 
 
 def _save_args(leaf: jax.Array, logical_axes: Sequence[str | None]) -> Any:
