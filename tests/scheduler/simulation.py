@@ -68,6 +68,16 @@ def repeats(output: list[int], detection: RepetitionDetectionParams | None) -> b
     )
 
 
+class Matcher:
+    """Stands for a place in a grammar: released once, by a request that ends."""
+
+    is_released = False
+
+    def release(self) -> None:
+        assert not self.is_released
+        self.is_released = True
+
+
 class History:
     """What a request's tokens are, whatever the scheduler does: each next one is sampled from those before it."""
 
@@ -207,7 +217,7 @@ class Engine:
     def unblock(self, index: int = 0) -> None:
         request = self.blocked.pop(index)
         if not request.is_finished:
-            self.scheduler.unblock(request, object())
+            self.scheduler.unblock(request, Matcher())
 
     def history(self, prompt: list[int], salt: str | None) -> History:
         return self.histories.setdefault((tuple(prompt), salt), History(prompt, salt))

@@ -220,3 +220,39 @@ def test_a_matcher_follows_from_the_end_of_the_reasoning(tokenizer, compiler, pi
     wrong = reasoning.__class__(compiler.matcher(grammar_text(StructuredOutputsParams(choice=["no"]))).matcher, tags)
     wrong.follow([*tokens[:9], first], num_prompt)
     assert wrong.error
+
+
+def walk(matcher, rng, num_steps: int, ids: list[int]) -> list[np.ndarray]:
+    """Draws a text, or follows `ids`; the masks on its way."""
+    masks = []
+    drawn = list(ids)
+    for step in range(num_steps):
+        mask = np.full((1, mask_width(VOCAB_SIZE)), -1, np.int32)
+        MaskFiller().fill(mask, [(0, matcher)])
+        masks.append(mask)
+        if step >= len(drawn):
+            drawn.append(int(rng.choice(np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")))))
+        matcher.follow(drawn[: step + 1], 0)
+    ids[:] = drawn
+    return masks
+
+
+def test_states_of_requests_that_ended_change_no_mask(tokenizer):
+    """Released in the middle, behind the end and with an error."""
+    rng = np.random.default_rng(0)
+    schema = {"type": "array", "items": {"type": "string", "maxLength": 6}, "maxItems": 3}
+    grammar = grammar_text(StructuredOutputsParams(json=schema))
+    used, fresh = (
+        GrammarCompiler(lambda: tokenizer, vocab_size=VOCAB_SIZE, eos_token_ids=lambda _: EOS) for _ in range(2)
+    )
+    for num_steps in (3, 25, 8) * 8:
+        matcher = used.matcher(grammar)
+        walk(matcher, rng, num_steps, [])
+        if num_steps == 8:
+            matcher.follow([*range(20, 40)], 0)
+            assert matcher.error or matcher.matcher.is_stopped()
+        matcher.release()
+    for _ in range(5):
+        ids: list[int] = []
+        wanted = walk(fresh.matcher(grammar), rng, 20, ids)
+        np.testing.assert_array_equal(walk(used.matcher(grammar), rng, 20, ids), wanted)

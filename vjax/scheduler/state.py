@@ -88,7 +88,9 @@ class SchedulerState:
         request.finish_reason = reason
         request.stop_reason = stop_reason
         del self.requests[request.request_id]
-        self.num_constrained -= request.matcher is not None
+        if request.matcher is not None:
+            request.matcher.release()
+            self.num_constrained -= 1
 
     def drop_finished(self) -> None:
         """Removes finished requests from where they ran or waited, in one pass."""

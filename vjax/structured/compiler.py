@@ -6,6 +6,8 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from vjax.errors import VjaxValidationError
@@ -17,8 +19,19 @@ from vjax.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-#: Compiled grammars that are kept, those used last.
-_MAX_KEPT = 64
+#: Compiled grammars that are kept, those used last; one takes 0.04 MiB, and 0.2 with the states that it went through.
+_MAX_KEPT = 256
+#: Times that a grammar takes over the states that a request went through: llguidance limits their number, and most of
+#: what can be gained is by then.
+_MAX_TAKEN_BACK = 16
+
+
+@dataclass
+class _Kept:
+    """A compiled grammar, at the beginning of a text; later the one of a request that has ended, for its states."""
+
+    matcher: LLMatcher
+    num_taken_back: int = 0
 
 
 class GrammarCompiler:
@@ -49,7 +62,7 @@ class GrammarCompiler:
         #: Guards what follows, and is never held for long: a grammar may take a second to compile.
         self._lock = threading.Lock()
         #: Those that are being compiled among them, so that each is compiled once for all who wait.
-        self._compiled: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
+        self._compiled: OrderedDict[str, Future[_Kept]] = OrderedDict()
 
     def matcher(self, grammar: str) -> GrammarMatcher:
         """At the beginning of a text. Compiles the grammar, or waits for another thread that does.
@@ -67,7 +80,7 @@ class GrammarCompiler:
                 self._compiled.popitem(last=False)
         if is_mine:
             try:
-                future.set_result(self._compile(grammar))
+                future.set_result(_Kept(self._compile(grammar)))
             except BaseException as e:
                 with self._lock:
                     if self._compiled.get(grammar) is future:
@@ -85,10 +98,19 @@ class GrammarCompiler:
             self._compiled.move_to_end(grammar)
         return self._copy(future)
 
-    def _copy(self, future: Future[LLMatcher]) -> GrammarMatcher:
-        compiled = future.result()
+    def _copy(self, future: Future[_Kept]) -> GrammarMatcher:
+        kept = future.result()
         with self._lock:
-            return GrammarMatcher(compiled.deep_copy(), self._tags)
+            return GrammarMatcher(kept.matcher.deep_copy(), self._tags, partial(self._take_back, kept))
+
+    def _take_back(self, kept: _Kept, matcher: LLMatcher) -> None:
+        """Later requests begin with the states of the lexer that this one has computed: the slowest of the masks of 64
+        rows, each with a schema of its own, then takes 0.07 instead of 0.6 ms in the median."""
+        if matcher.is_error() or kept.num_taken_back == _MAX_TAKEN_BACK or not matcher.reset():
+            return
+        with self._lock:
+            kept.matcher = matcher
+            kept.num_taken_back += 1
 
     def _compile(self, grammar: str) -> LLMatcher:
         from llguidance import LLMatcher

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,24 +27,36 @@ class GrammarMatcher:
     Args:
         matcher: At the beginning of a text.
         tags: Those of a model that may reason first: the grammar holds from the end of the reasoning on.
+        take_back: Given what `release` leaves.
 
     Attributes:
         is_reasoning: The grammar does not hold yet: every token may come next.
     """
 
-    __slots__ = ("_num_seen", "_tags", "is_reasoning", "matcher")
+    __slots__ = ("_num_seen", "_tags", "_take_back", "is_reasoning", "matcher")
 
-    def __init__(self, matcher: LLMatcher, tags: ReasoningTags | None = None):
+    def __init__(
+        self,
+        matcher: LLMatcher,
+        tags: ReasoningTags | None = None,
+        take_back: Callable[[LLMatcher], None] = lambda matcher: None,
+    ):
         self.matcher = matcher
         self.is_reasoning = tags is not None
         self._tags = tags
+        self._take_back = take_back
         #: Tokens of the sequence that need not be looked at again.
         self._num_seen = 0
 
     def copy(self) -> GrammarMatcher:
         """Another one; neither has followed anything yet."""
         assert self._num_seen == 0
-        return GrammarMatcher(self.matcher.deep_copy(), self._tags)
+        return GrammarMatcher(self.matcher.deep_copy(), self._tags, self._take_back)
+
+    def release(self) -> None:
+        """Ends its use: nothing else may be called afterwards."""
+        self._take_back(self.matcher)
+        del self.matcher
 
     def follow(self, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
         """Takes in what is new of a sequence, of which earlier calls had a prefix."""
