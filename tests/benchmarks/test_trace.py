@@ -13,6 +13,7 @@ from vjax.benchmarks.trace import CATEGORIES, Kernel, usage
     ("name", "category"),
     [
         ("gemm_fusion_dot_general_130", "matrix products"),
+        ("gated_matmul_mosaic_gpu_kernel", "matrix products"),
         ("nvjet_sm90_tst_128x128_64x6_4x2_h_bz_NNT", "matrix products"),
         ("decode_attention_mosaic_gpu_kernel", "attention"),
         ("combine_decode_attention_mosaic_gpu_kernel", "attention"),

@@ -12,7 +12,7 @@ CATEGORIES: dict[str, tuple[str, ...]] = {
     "attention": ("decode_attention", "prefill_attention"),
     "rope and KV write": ("rope_write_kv", "write_kv"),
     "norms": ("add_rms_norm",),
-    "matrix products": ("gemm", "nvjet", "cutlass", "splitk", "cublas", "sm90_xmma"),
+    "matrix products": ("matmul", "gemm", "nvjet", "cutlass", "splitk", "cublas", "sm90_xmma"),
     "truncation": ("truncate",),
     "transfers": ("memcpy", "memset"),
     "other": ("",),
