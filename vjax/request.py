@@ -90,7 +90,8 @@ class Request:
     pooled_end: int = 0
     #: The front end's record of it; None with disable_log_stats.
     metrics: RequestMetrics | None = None
-    #: Its place in its grammar, which follows `token_ids`, released at its end; None: it has no grammar. The engine core's.
+    #: Its place in its grammar, which follows `token_ids`, released at its end; None: it has no grammar. The engine
+    #: core's.
     matcher: Any = None
 
     @classmethod

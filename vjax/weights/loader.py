@@ -27,8 +27,8 @@ from vjax.weights.packing import PACKERS
 
 #: Bytes of the leaves that may be under way from a file to the devices.
 IN_FLIGHT_BYTES = 512 << 20
-#: "dummy" draws uniformly from -DUMMY_LIMIT to DUMMY_LIMIT, as vLLM does: a product's energy, and with it the clock of a
-#: GPU at its power limit, depends on the values.
+#: "dummy" draws uniformly from -DUMMY_LIMIT to DUMMY_LIMIT, as vLLM does: a product's energy, and with it the clock of
+#: a GPU at its power limit, depends on the values.
 DUMMY_LIMIT = 1e-3
 
 
