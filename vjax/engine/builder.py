@@ -285,6 +285,8 @@ def _start_runner(
     executables.compile_all(
         progress=_compile_progress,
         exported=lowered.get if lowered is not None else None,
+        # What had to be lowered is not in XLA's cache either.
+        kernels_first=lowered is not None and lowered.num_workers > 0,
         num_threads=memory.compile_threads(device),
     )
     itemsize = jnp.dtype(config.model.dtype).itemsize
