@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -184,19 +183,16 @@ def _outer_thunks(dumped: set[Path]) -> list[str]:
 
 
 def kernels_first(of: Executables, key: Any, dump_folder: Path) -> dict[str, int]:
-    """How many kernels a program has, and how many are compiled before it and with it. Mosaic GPU dumps what it compiles.
-    Not for a program that this process compiled before."""
+    """How many kernels a program has, and how many are compiled before it and with it; Mosaic GPU dumps those that it
+    compiles. For a program that this process has not compiled."""
     report = {"found": len(kernels_of(of.lower(key)))}
-    with ThreadPoolExecutor(2) as pool:
-        for phase in ("ahead", "with_the_program"):
-            dump = dump_folder / f"kernels_{phase}"
-            dump.mkdir()
-            os.environ["MOSAIC_GPU_DUMP_TO"] = str(dump)
-            if phase == "ahead":
-                of._compile_kernels([key], None, pool)
-            else:
-                of.compile(key)
-            report[phase] = len(list(dump.glob("**/*.ptx")))
+    steps = {"ahead": lambda: of._compile_kernels([key], None), "with_the_program": lambda: of.compile(key)}
+    for name, step in steps.items():
+        dump = dump_folder / f"kernels_{name}"
+        dump.mkdir()
+        os.environ["MOSAIC_GPU_DUMP_TO"] = str(dump)
+        step()
+        report[name] = len(list(dump.glob("*.ptx")))
     del os.environ["MOSAIC_GPU_DUMP_TO"]
     return report
 

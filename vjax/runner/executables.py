@@ -144,24 +144,24 @@ class Executables:
         pool = ThreadPoolExecutor(num_threads, thread_name_prefix="vjax-compile")
         try:
             if kernels_first:
-                self._compile_kernels(missing, exported, pool)
+                self._compile_kernels(missing, exported)
             for done in progress(as_completed([pool.submit(self.compile, k, exported) for k in missing]), len(missing)):
                 done.result()
         finally:
             pool.shutdown(cancel_futures=True)
             self._lowered.clear()
 
-    def _compile_kernels(self, keys: Sequence[Key], exported: Exported | None, pool: ThreadPoolExecutor) -> None:
-        """Lowers programs, for `compile` to find, while the pool's threads compile the kernels of those lowered."""
+    def _compile_kernels(self, keys: Iterable[Key], exported: Exported | None) -> None:
+        """Lowers programs, for `compile` to find, and meanwhile compiles the kernels of those lowered."""
         started = time.perf_counter()
-        compiler = KernelCompiler(pool, self.mesh, self._tracing)
-        for key in keys:
-            data = None if exported is None else exported(key)
-            with self._tracing:
-                self._lowered[key] = self.lower(key, data)
-                kernels = kernels_of(self._lowered[key])
-            compiler.add(kernels)
-        log.debug("compiled %d kernels in %.2f s", compiler.wait(), time.perf_counter() - started)
+        with KernelCompiler(self.mesh, self._tracing) as compiler:
+            for key in keys:
+                data = None if exported is None else exported(key)
+                with self._tracing:
+                    self._lowered[key] = self.lower(key, data)
+                    kernels = kernels_of(self._lowered[key])
+                compiler.add(kernels)
+            log.debug("compiled %d kernels in %.2f s", compiler.wait(), time.perf_counter() - started)
 
     def compile(self, key: Key, exported: Exported | None = None) -> Any:
         """The executable of `key`, compiled now if it is not ready."""

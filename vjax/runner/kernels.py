@@ -8,9 +8,8 @@ compiled, by a hash of it, so that a program whose kernels are there needs XLA's
 from __future__ import annotations
 
 import hashlib
-import heapq
-import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+import os
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
@@ -27,6 +26,8 @@ log = logger(__name__)
 _TARGET = "mosaic_gpu_v2"
 #: What a call takes beside the kernel, all of it False where one device runs the kernel.
 _FLAGS = ("use_custom_barrier", "skip_device_barrier", "uses_xla_collective_metadata")
+#: Four a core, as most wait: a thread that has its kernel compiled cannot go on to the next before all others have.
+_NUM_THREADS = 4 * min(16, os.cpu_count() or 1)
 
 
 def kernels_of(lowered: Any) -> set[bytes]:
@@ -48,46 +49,41 @@ def kernels_of(lowered: Any) -> set[bytes]:
 
 
 class KernelCompiler:
-    """Compiles kernels in the threads of a pool, of those that are known the one with the longest bytecode first:
-    threads enter and leave Mosaic together, so that those of a moment should take equally long.
+    """Compiles kernels in threads of its own. A context manager.
 
     Args:
-        pool: Its threads compile.
         mesh: The device.
         tracing: Held while JAX traces.
     """
 
-    def __init__(self, pool: ThreadPoolExecutor, mesh: Mesh, tracing: Any):
-        self._pool = pool
+    def __init__(self, mesh: Mesh, tracing: Any):
         self._mesh = mesh
         self._tracing = tracing
-        self._seen: set[bytes] = set()
-        self._waiting: list[tuple[int, bytes]] = []
-        self._lock = threading.Lock()
-        self._futures: list[Future[None]] = []
+        self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="vjax-kernel")
+        self._futures: dict[bytes, Future[None]] = {}
+
+    def __enter__(self) -> KernelCompiler:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
     def add(self, kernels: set[bytes]) -> None:
-        """Has kernels compiled that were not yet added."""
-        for kernel in sorted(kernels - self._seen):
-            with self._lock:
-                heapq.heappush(self._waiting, (-len(kernel), kernel))
-            self._futures.append(self._pool.submit(self._compile_next))
-        self._seen |= kernels
+        """Has kernels compiled that were not yet added, long ones first."""
+        for kernel in sorted(kernels - self._futures.keys(), key=len, reverse=True):
+            self._futures[kernel] = self._pool.submit(self._compile, kernel)
 
     def wait(self) -> int:
         """Returns when all are compiled: how many."""
-        for future in self._futures:
-            future.result()
-        return len(self._seen)
+        wait(self._futures.values())
+        return len(self._futures)
 
-    def _compile_next(self) -> None:
-        with self._lock:
-            _, kernel = heapq.heappop(self._waiting)
+    def _compile(self, kernel: bytes) -> None:
         try:
             with self._tracing:
                 lowered = lower(_kernel_program(kernel, self._mesh), self._mesh)
             lowered.compile()
-        except Exception as e:  # the program that calls it will say so, or not
+        except Exception as e:  # the program that calls it will say so
             log.debug("a kernel was not compiled ahead: %s: %s", type(e).__name__, e)
 
 
