@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from queue import PriorityQueue
 from typing import Any
 
 import jax
@@ -49,7 +50,8 @@ def kernels_of(lowered: Any) -> set[bytes]:
 
 
 class KernelCompiler:
-    """Compiles kernels in threads of its own. A context manager.
+    """Compiles kernels in threads of its own, of those that wait the longest bytecode first: what is compiled at the same
+    time should take equally long. A context manager.
 
     Args:
         mesh: The device.
@@ -60,6 +62,7 @@ class KernelCompiler:
         self._mesh = mesh
         self._tracing = tracing
         self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="vjax-kernel")
+        self._waiting: PriorityQueue[tuple[int, bytes]] = PriorityQueue()
         self._futures: dict[bytes, Future[None]] = {}
 
     def __enter__(self) -> KernelCompiler:
@@ -69,16 +72,20 @@ class KernelCompiler:
         self._pool.shutdown(cancel_futures=True)
 
     def add(self, kernels: set[bytes]) -> None:
-        """Has kernels compiled that were not yet added, long ones first."""
-        for kernel in sorted(kernels - self._futures.keys(), key=len, reverse=True):
-            self._futures[kernel] = self._pool.submit(self._compile, kernel)
+        """Has kernels compiled that were not yet added."""
+        new = kernels - self._futures.keys()
+        for kernel in new:
+            self._waiting.put((-len(kernel), kernel))
+        # A future stands for one kernel of those that wait, not for the one under whose name it is kept.
+        self._futures |= {kernel: self._pool.submit(self._compile_next) for kernel in new}
 
     def wait(self) -> int:
         """Returns when all are compiled: how many."""
         wait(self._futures.values())
         return len(self._futures)
 
-    def _compile(self, kernel: bytes) -> None:
+    def _compile_next(self) -> None:
+        _, kernel = self._waiting.get_nowait()
         try:
             with self._tracing:
                 lowered = lower(_kernel_program(kernel, self._mesh), self._mesh)
