@@ -29,6 +29,7 @@ from vjax.parallel.sharding import make_mesh
 from vjax.runner.buckets import Buckets, ForwardBucket
 from vjax.runner.executables import Executables, Exported
 from vjax.runner.exported import StepDescription
+from vjax.runner.kernels import kernels_of
 from vjax.runner.lowered import LoweredPrograms
 from vjax.runner.programs import SampleBucket, lower, make_program
 from vjax.runner.step import Step, StepGeometry
@@ -181,6 +182,24 @@ def _outer_thunks(dumped: set[Path]) -> list[str]:
     return re.findall(r"^\d+: (k\w+)", plan.read_text(), re.MULTILINE)
 
 
+def kernels_first(of: Executables, key: Any, dump_folder: Path) -> dict[str, int]:
+    """How many kernels a program has, and how many are compiled before it and with it; Mosaic GPU dumps those that it
+    compiles. For a program that this process has not compiled."""
+    report = {"found": len(kernels_of(of.lower(key)))}
+    steps = {
+        "ahead": lambda: of._compile_kernels([key], None, lambda it, total, doing: it),
+        "with_the_program": lambda: of.compile(key),
+    }
+    for name, step in steps.items():
+        dump = dump_folder / f"kernels_{name}"
+        dump.mkdir()
+        os.environ["MOSAIC_GPU_DUMP_TO"] = str(dump)
+        step()
+        report[name] = len(list(dump.glob("*.ptx")))
+    del os.environ["MOSAIC_GPU_DUMP_TO"]
+    return report
+
+
 def _num_bytes(specs: Any) -> int:
     return sum(spec.size * spec.dtype.itemsize for spec in jax.tree.leaves(specs))
 
@@ -216,6 +235,7 @@ def main() -> None:
         "lowered_elsewhere": lowered_elsewhere,
         "fp8": [inspect(fp8, key, dump_folder) for key in (DECODE, ForwardBucket(2048, 1024, False))],
         "llama_2_7b": [inspect(llama2, DECODE, dump_folder)],
+        "kernels_first": kernels_first(executables(one_layer), ForwardBucket(1024, 1024, False), dump_folder),
         "planted": {name: inspect(of, SMALL_DECODE, dump_folder) for name, of in planted.items()},
     }
     print(json.dumps(report))

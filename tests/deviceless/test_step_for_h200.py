@@ -128,3 +128,9 @@ def test_a_planted_loop_is_found(report):
 def test_a_lost_donation_is_found(report):
     planted = report["planted"]["does_not_donate"]
     assert not works_in_place(planted) and planted["aliased_bytes"] == 0 and planted["cache_copies"], planted
+
+
+def test_kernels_are_compiled_once_and_before_their_program(report):
+    counts = report["kernels_first"]
+    assert counts["found"] == counts["ahead"] >= 6
+    assert counts["with_the_program"] == 0

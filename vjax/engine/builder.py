@@ -285,6 +285,8 @@ def _start_runner(
     executables.compile_all(
         progress=_compile_progress,
         exported=lowered.get if lowered is not None else None,
+        # What had to be lowered is not in XLA's cache either.
+        kernels_first=lowered is not None and lowered.num_workers > 0,
         num_threads=memory.compile_threads(device),
     )
     itemsize = jnp.dtype(config.model.dtype).itemsize
@@ -304,5 +306,5 @@ def _start_runner(
     return runner
 
 
-def _compile_progress(keys: Iterable, total: int) -> Iterable:
-    return tqdm(keys, desc="Compiling", unit="program", total=total, disable=None)
+def _compile_progress(keys: Iterable, total: int, doing: str) -> Iterable:
+    return tqdm(keys, desc=doing, unit="program", total=total, disable=None)

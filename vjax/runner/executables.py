@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from vjax.log import logger, warning_once
 from vjax.runner.buckets import Buckets, ForwardBucket
 from vjax.runner.exported import import_program
+from vjax.runner.kernels import KernelCompiler, kernels_of
 from vjax.runner.programs import (
     Key,
     PoolBucket,
@@ -48,7 +49,8 @@ _AUTOTUNING = {"xla_gpu_autotune_level": 1, "xla_gpu_blas_max_algorithms": 16}
 _DEFAULT_THREADS = max(1, min(8, (os.cpu_count() or 1) // 2))
 
 #: Wraps an iterable of a known length, as tqdm does.
-Progress = Callable[[Iterable, int], Iterable]
+#: What is worked through, how many they are, and a word for what is done with them.
+Progress = Callable[[Iterable, int, str], Iterable]
 #: The exported form of a program (see `exported.py`), or None.
 Exported = Callable[[Key], bytes | None]
 
@@ -72,6 +74,8 @@ class Executables:
         self.num_compilations_while_serving = 0
         self._sample_buckets = sample_buckets(buckets.sample)
         self._ready: dict[Key, Any] = {}
+        #: What `compile_all` lowered and has not compiled yet.
+        self._lowered: dict[Key, Any] = {}
         # Tracing is Python: threads that trace at the same time only make each other slow.
         self._tracing = threading.Lock()
 
@@ -124,31 +128,51 @@ class Executables:
     def compile_all(
         self,
         keys: Sequence[Key] | None = None,
-        progress: Progress = lambda it, total: it,
+        progress: Progress = lambda it, total, doing: it,
         *,
         exported: Exported | None = None,
+        kernels_first: bool = False,
         num_threads: int = _DEFAULT_THREADS,
     ) -> None:
         """Compiles `keys` (default: everything) now, in `num_threads` threads.
 
         Args:
             exported: Where lowered programs come from; what it has not is lowered here, one after the other.
+            kernels_first: Whether to compile the Mosaic GPU kernels of all programs before any program (see
+                `kernels.py`). Wasted where XLA's cache has the programs; else it pays as soon as lowering is quick.
         """
         missing = [k for k in (keys or self.all_keys()) if k not in self._ready]
         pool = ThreadPoolExecutor(num_threads, thread_name_prefix="vjax-compile")
         try:
-            for done in progress(as_completed([pool.submit(self.compile, k, exported) for k in missing]), len(missing)):
+            if kernels_first:
+                self._compile_kernels(missing, exported, progress)
+            futures = [pool.submit(self.compile, k, exported) for k in missing]
+            for done in progress(as_completed(futures), len(missing), "Compiling"):
                 done.result()
         finally:
             pool.shutdown(cancel_futures=True)
+            self._lowered.clear()
+
+    def _compile_kernels(self, keys: Sequence[Key], exported: Exported | None, progress: Progress) -> None:
+        """Lowers programs, for `compile` to find, and meanwhile compiles the kernels of those lowered."""
+        started = time.perf_counter()
+        with KernelCompiler(self.mesh, self._tracing) as compiler:
+            for key in progress(keys, len(keys), "Compiling kernels"):
+                data = None if exported is None else exported(key)
+                with self._tracing:
+                    self._lowered[key] = self.lower(key, data)
+                    kernels = kernels_of(self._lowered[key])
+                compiler.add(kernels)
+            log.debug("compiled %d kernels in %.2f s", compiler.wait(), time.perf_counter() - started)
 
     def compile(self, key: Key, exported: Exported | None = None) -> Any:
         """The executable of `key`, compiled now if it is not ready."""
         if (compiled := self._ready.get(key)) is not None:
             return compiled
-        data = None if exported is None else exported(key)
-        with self._tracing:
-            lowered = self.lower(key, data)
+        if (lowered := self._lowered.pop(key, None)) is None:
+            data = None if exported is None else exported(key)
+            with self._tracing:
+                lowered = self.lower(key, data)
         started = time.perf_counter()
         compiled = lowered.compile(compiler_options=_gpu_options(key) if self.platform == "gpu" else None)
         log.debug("compiled %s in %.2f s", getattr(key, "name", key), time.perf_counter() - started)
