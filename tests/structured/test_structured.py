@@ -83,6 +83,27 @@ def test_a_token_out_of_the_grammar_is_an_error_of_its_matcher(compiler):
     assert one.error and not other.error
 
 
+def test_a_batch_is_followed_as_each_of_it_alone(compiler, tokenizer):
+    """Steps of no, one and several tokens; texts that end on the way, and tokens out of the grammar."""
+    rng = np.random.default_rng(0)
+    texts = ["[1, 22, 333]", '{"a": [true, {"b": null}]}', "[]", '"no object"']
+    grammar = grammar_text(StructuredOutputsParams(regex=r"(\{|\[)[^#]*(\}|\])"))
+    sequences = [[5, *tokenizer.encode(text, add_special_tokens=False), EOS[0], 1] for text in texts for _ in range(3)]
+    ends = np.sort(rng.integers(0, [len(ids) + 1 for ids in sequences], (6, len(sequences))), axis=0)
+    batch, alone = ([compiler.matcher(grammar) for _ in sequences] for _ in range(2))
+    filler = MaskFiller()
+    masks = np.zeros((2, len(sequences), mask_width(VOCAB_SIZE)), np.int32)
+    for step in ends.tolist():
+        filler.follow([(m, ids[:end], 1) for m, ids, end in zip(batch, sequences, step, strict=True)])
+        for m, ids, end in zip(alone, sequences, step, strict=True):
+            m.follow(ids[:end], 1)
+        for mask, matchers in zip(masks, (batch, alone), strict=True):
+            filler.fill(mask, list(enumerate(matchers)))
+        np.testing.assert_array_equal(masks[0], masks[1])
+        assert [bool(m.error) for m in batch] == [bool(m.error) for m in alone]
+    assert {bool(m.error) for m in batch} == {True, False}
+
+
 @pytest.mark.parametrize(
     ("fields", "texts"),
     [

@@ -126,8 +126,7 @@ class EngineCore(EngineControl):
         while self._in_flight:
             early += self._finish_oldest()
         live = [(row, request) for row, request in constrained if not request.is_finished]
-        for _, request in live:
-            request.matcher.follow(request.token_ids, request.num_prompt_tokens)
+        self._masks.follow((request.matcher, request.token_ids, request.num_prompt_tokens) for _, request in live)
         self._masks.fill(mask, [(row, r.matcher) for row, r in live if not r.matcher.is_reasoning])
         for row, request in live:
             if error := request.matcher.error:

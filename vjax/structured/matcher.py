@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -60,6 +60,11 @@ class GrammarMatcher:
 
     def follow(self, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
         """Takes in what is new of a sequence, of which earlier calls had a prefix."""
+        if new := self._new_tokens(token_ids, num_prompt_tokens):
+            self.matcher.consume_tokens(new)  # pyright: ignore[reportArgumentType]
+
+    def _new_tokens(self, token_ids: Sequence[int], num_prompt_tokens: int) -> Sequence[int]:
+        """What `matcher` has to be given of the sequence; to be given to it then."""
         first = max(self._num_seen, num_prompt_tokens)
         if self.is_reasoning:
             assert self._tags is not None
@@ -69,10 +74,8 @@ class GrammarMatcher:
                 end = self._tags.end_of_reasoning(token_ids, first)
             self.is_reasoning = end is None
             first = len(token_ids) if end is None else end
-        new = token_ids[first:]
-        if new and not self.matcher.is_stopped():
-            self.matcher.consume_tokens(new)  # pyright: ignore[reportArgumentType]
         self._num_seen = len(token_ids)
+        return () if self.matcher.is_stopped() else token_ids[first:]
 
     @property
     def error(self) -> str:
@@ -81,10 +84,22 @@ class GrammarMatcher:
 
 
 class MaskFiller:
-    """Fills masks with llguidance's threads."""
+    """Moves the matchers of a batch on and fills their masks, with llguidance's threads."""
 
     def __init__(self) -> None:
         self._executor: LLExecutor | None = None
+
+    def follow(self, sequences: Iterable[tuple[GrammarMatcher, Sequence[int], int]]) -> None:
+        """As `GrammarMatcher.follow` with the rest of each item; where it is one token, as in a step, in threads."""
+        single = []
+        for matcher, token_ids, num_prompt_tokens in sequences:
+            new = matcher._new_tokens(token_ids, num_prompt_tokens)
+            if len(new) == 1:
+                single.append((matcher.matcher, new[0]))
+            elif new:
+                matcher.matcher.consume_tokens(new)  # pyright: ignore[reportArgumentType]
+        if single:
+            self._threads().consume_token_par(single)
 
     def fill(self, mask: np.ndarray, matchers: Sequence[tuple[int, GrammarMatcher]]) -> None:
         """Writes for each (row, matcher) which tokens may come next; all others keep what they have. A matcher with an
@@ -95,10 +110,13 @@ class MaskFiller:
         """
         if not matchers:
             return
+        assert mask.dtype == np.int32 and mask.flags.c_contiguous
+        pairs = [(m.matcher, row) for row, m in matchers]
+        self._threads().unsafe_compute_mask_ptr(pairs, mask.ctypes.data, mask.shape[1] * 4, len(mask))  # pyright: ignore[reportArgumentType]
+
+    def _threads(self) -> LLExecutor:
         if self._executor is None:
             from llguidance import LLExecutor
 
             self._executor = LLExecutor(num_threads=_THREADS)
-        assert mask.dtype == np.int32 and mask.flags.c_contiguous
-        pairs = [(m.matcher, row) for row, m in matchers]
-        self._executor.unsafe_compute_mask_ptr(pairs, mask.ctypes.data, mask.shape[1] * 4, len(mask))  # pyright: ignore[reportArgumentType]
+        return self._executor
