@@ -33,6 +33,7 @@ def run_check(module: str, folder: Path, allowed_mib: int) -> dict[str, Any]:
         env={**os.environ, **malloc, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
+        timeout=300,
     )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
