@@ -116,12 +116,12 @@ def test_planted_copies_are_found(report):
 
 
 def test_a_planted_temporary_is_found(report):
-    planted = report["planted"]["has_temporary"]
+    planted = report["planted"]["has_temporary_and_loop"]
     assert not has_small_temporaries(planted), planted
 
 
 def test_a_planted_loop_is_found(report):
-    planted = report["planted"]["has_loop"]
+    planted = report["planted"]["has_temporary_and_loop"]
     assert not is_one_command_buffer(planted) and "kWhile" in planted["thunks"], planted
 
 

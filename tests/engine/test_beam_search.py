@@ -23,7 +23,7 @@ TEXTS = ["def read_lines(path):\n", "class Stack:\n    def push(self, item):\n  
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    with LLM(MODEL, dtype="float32", max_model_len=64, max_num_seqs=8, num_gpu_blocks_override=100) as llm:
+    with LLM(MODEL, dtype="float32", max_model_len=128, max_num_seqs=8, num_gpu_blocks_override=200) as llm:
         yield llm
 
 
@@ -112,8 +112,8 @@ def test_modes_and_limits(llm: LLM):
     (greedy,) = llm.generate(TEXTS[0], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True), use_tqdm=False)
     (one,) = llm.beam_search(TEXTS[0], BeamSearchParams(beam_width=1, max_tokens=5, ignore_eos=True))
     assert one.sequences[0].tokens == [*greedy.prompt_token_ids, *greedy.outputs[0].token_ids]
-    (output,) = llm.beam_search([[7] * 60], BeamSearchParams(beam_width=2, max_tokens=50, ignore_eos=True))
-    assert [(len(s.tokens), s.finish_reason) for s in output.sequences] == [(64, "length")] * 2
+    (output,) = llm.beam_search([[7] * 124], BeamSearchParams(beam_width=2, max_tokens=50, ignore_eos=True))
+    assert [(len(s.tokens), s.finish_reason) for s in output.sequences] == [(128, "length")] * 2
     assert llm.beam_search([], params) == []
 
 
@@ -125,7 +125,7 @@ def test_bad_input(llm: LLM):
         (lambda: BeamSearchParams(2, 2, length_penalty=float("nan")), "length_penalty=nan must be a number"),
         (lambda: llm.beam_search(TEXTS, BeamSearchParams(11, 2)), "beam_width=11 needs the 22 most .* max_logprobs=22"),
         (lambda: llm.beam_search(TEXTS, SamplingParams()), "pass a BeamSearchParams"),
-        (lambda: llm.beam_search(["a", [1] * 70], good), r"prompts\[1\]: The prompt \(length 70\)"),
+        (lambda: llm.beam_search(["a", [1] * 130], good), r"prompts\[1\]: The prompt \(length 130\)"),
         (lambda: llm.beam_search("a", good, concurrency_limit=0), "concurrency_limit=0 must be at least 1"),
     ]
     for call, text in cases:

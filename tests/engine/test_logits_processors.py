@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("shared_programs")
 TEXTS = ["def read_lines(path):\n", "class Stack:\n    def push(self", "import os\nimport sys\n", "x = [1, 2, 3"]
 #: The texts around "reasoning": the model writes neither of them where it is told to here.
 TAGS = {"reasoning_start_str": "import", "reasoning_end_str": "):\n"}
-PLENTY, FEW = 100, 10
+PLENTY, FEW = 200, 10
 
 
 class Only(LogitsProcessor):
@@ -66,7 +66,7 @@ class Untraceable(LogitsProcessor):
 
 def make_llm(blocks: int = PLENTY, **options) -> LLM:
     processors = [Only, f"{__name__}:NoRepeats"]
-    limits = {"max_model_len": 64, "max_num_seqs": 4, "num_gpu_blocks_override": blocks}
+    limits = {"max_model_len": 128, "max_num_seqs": 8, "num_gpu_blocks_override": blocks}
     return LLM(dtype="float32", logits_processors=processors, reasoning_config=TAGS, **limits, **options)
 
 
