@@ -230,7 +230,7 @@ def generate_kinds(llm: LLM) -> list[RequestOutput]:
 
 @pytest.mark.parametrize(
     ("overlap", "blocks", "budget"),
-    [(True, PLENTY, 16), (False, PLENTY, 8192), (True, FEW, 8192), (False, FEW, 16)],
+    [(True, PLENTY, 48), (False, PLENTY, 8192), (True, FEW, 8192), (False, FEW, 48)],
 )
 def test_modes_agree(expected: list[RequestOutput], overlap: bool, blocks: int, budget: int):
     options = {"async_scheduling": overlap, "num_gpu_blocks_override": blocks, "max_num_batched_tokens": budget}

@@ -215,7 +215,7 @@ def test_ends(llm: LLM):
     assert endless.text == "ab" and (len(endless.token_ids), endless.finish_reason) == (12, "length")
 
 
-@pytest.mark.parametrize(("overlap", "blocks", "budget"), [(True, 17, 16), (False, 200, 8192)])
+@pytest.mark.parametrize(("overlap", "blocks", "budget"), [(True, 17, 48), (False, 200, 8192)])
 def test_modes_agree(llm: LLM, overlap: bool, blocks: int, budget: int):
     """Of tokens and log probabilities, with preemptions where there are few blocks."""
     schema = {
