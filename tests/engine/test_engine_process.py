@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import os
+import queue
 import re
 import select
 import signal
@@ -29,8 +30,8 @@ from vjax import (
     VjaxValidationError,
 )
 from vjax.engine.builder import build_engine
-from vjax.engine.client import ThreadClient
-from vjax.engine.protocol import EngineInfo
+from vjax.engine.client import EngineClient, ThreadClient
+from vjax.engine.protocol import EngineInfo, Reply
 from vjax.metrics import Gauge
 from vjax.models import registry
 from vjax.models.decoder import DecoderModel
@@ -244,7 +245,7 @@ def test_a_model_class_that_the_process_cannot_import_is_refused(monkeypatch):
 
 
 _PARENT = """
-import os, signal, sys
+import os, signal, sys, threading
 from vjax.config.engine_args import EngineArgs
 from vjax.engine.process_client import ProcessClient
 class Front:
@@ -255,6 +256,13 @@ client = ProcessClient(EngineArgs(), front.outputs, front.died)
 print(client.pid, client._folder, flush=True)
 sys.stdin.readline()
 if sys.argv[1] == "SIGINT":
+    # The worst moment: a lock written in Python is taken, and would stay so.
+    enter = threading.Condition.__enter__
+    def interrupted(self):
+        enter(self)
+        if threading.current_thread() is threading.main_thread():
+            os.kill(os.getpid(), signal.SIGINT)
+    threading.Condition.__enter__ = interrupted
     client.wait_until_ready()
 """
 
@@ -272,14 +280,60 @@ def test_the_process_ends_with_its_parent(name):
                 parent.stdin.write("\n")
                 parent.stdin.flush()
             parent.send_signal(getattr(signal, name))
-            parent.communicate()
+            parent.communicate(timeout=60)
             assert select.select([child], [], [], 20)[0], "the child is still there"
         finally:
             os.close(child)
+            parent.kill()
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
     assert parent.returncode == -getattr(signal, name)
     assert not os.path.exists(folder)
+
+
+class Echo(EngineClient):
+    """Calls are answered by their arguments, in a thread."""
+
+    def __init__(self):
+        super().__init__(self.ignore, self.ignore)
+        self.commands = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self.answer, daemon=True)
+        self.thread.start()
+
+    def ignore(self, what): ...
+
+    def answer(self):
+        while (command := self.commands.get()) is not None:
+            self._take(Reply(command.call_id, command.arguments))
+
+    def _post(self, command):
+        self.commands.put(command)
+
+    def shutdown(self):
+        self.commands.put(None)
+        self.thread.join(10)
+
+
+@pytest.mark.parametrize("moment", range(3))
+def test_an_interrupted_call_leaves_the_reader_unharmed(monkeypatch, moment):
+    """Ctrl-C as a lock written in Python is taken, which then stays so: no other thread may wait for that lock."""
+    client, enter, num_entered = Echo(), threading.Condition.__enter__, 0
+
+    def interrupted(self):
+        nonlocal num_entered
+        enter(self)
+        if threading.current_thread() is threading.main_thread():
+            num_entered += 1
+            if num_entered == moment + 1:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Condition, "__enter__", interrupted)
+        # At the third moment nothing is interrupted any more.
+        with pytest.raises(KeyboardInterrupt) if moment < 2 else contextlib.nullcontext():
+            assert client.wait_for("name", 1).result() == (1,)
+    client.shutdown()
+    assert not client.thread.is_alive()
 
 
 # ---- LLM as the client, with a thread in the place of the process ---------------------------------------------------

@@ -74,10 +74,24 @@ class EngineClient(ABC):
         """Calls a method of `EngineCore` between two steps. The future ends with its result, with what it raised, or
         with an EngineDeadError."""
         future: Future[Any] = Future()
+        self._send(future, method, arguments)
+        return future
+
+    def wait_for(self, method: str, *arguments: Any) -> Future[Any]:
+        """As `call`, and done when it returns. For a thread that Ctrl-C may interrupt: it takes the future's own lock
+        only while no other thread knows the future, since an interruption may leave it locked."""
+        future: Future[Any] = Future()
+        done: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
+        future.add_done_callback(done.put)
+        self._send(future, method, arguments)
+        return done.get()
+
+    def _send(self, future: Future[Any], method: str, arguments: tuple[Any, ...]) -> None:
+        """Asks for a call that ends `future`."""
         with self._lock:
             if self._dead is not None:
                 future.set_exception(again(self._dead))
-                return future
+                return
             call_id = next(self._call_ids)
             self._calls[call_id] = future
         try:
@@ -86,7 +100,6 @@ class EngineClient(ABC):
             with self._lock:
                 self._calls.pop(call_id, None)
             raise
-        return future
 
     @abstractmethod
     def shutdown(self) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import os
 import pickle
+import queue
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,6 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,7 +78,10 @@ class ProcessClient(EngineClient):
         super().__init__(on_outputs, on_death)
         if args.use_v1 is None:
             args = dataclasses.replace(args, use_v1=envs.use_v1())
-        self._ready: Future[EngineInfo] = Future()
+        #: What becomes of the start, once. No Future: its lock, interrupted, would be the reader's end.
+        self._outcome: queue.SimpleQueue[EngineInfo | BaseException] = queue.SimpleQueue()
+        self._is_decided = False
+        self._is_ready = False
         self._failed: Failed | None = None
         self._progress = ProgressReceiver()
         # A socket's path is short: 107 bytes.
@@ -122,14 +125,17 @@ class ProcessClient(EngineClient):
         return self._process.pid
 
     def wait_until_ready(self) -> None:
-        """Waits for the core to be built; when that fails, nothing of the process is left.
+        """Waits for the core to be built; when that fails, nothing of the process is left. To be called once.
 
         Raises:
             What building it raised in the child: the same type and text.
             EngineDeadError: The child ended without a word.
         """
         try:
-            self.info = self._ready.result()
+            outcome = self._outcome.get()
+            if isinstance(outcome, BaseException):
+                raise outcome
+            self.info = outcome
         except BaseException:
             self.shutdown()
             raise
@@ -153,7 +159,7 @@ class ProcessClient(EngineClient):
             self._is_closed = True
         atexit.unregister(self.shutdown)
         self._end(shut_down_error(), tell=False)
-        if self._ready.done() and self._ready.exception() is None:
+        if self._is_ready:
             self._post(Stop())
             self._watcher.join(_PATIENCE)
         if self._watcher.is_alive():
@@ -208,24 +214,29 @@ class ProcessClient(EngineClient):
     def _hear(self, data: bytes) -> None:
         message = decode(data)
         if isinstance(message, Ready):
-            self._ready.set_result(message.info)
+            self._is_ready = True
+            self._decide(message.info)
             # Both sockets are connected.
             shutil.rmtree(self._folder, ignore_errors=True)
         elif isinstance(message, Failed):
             message.error.__cause__ = ChildTraceback(message.trace)
             self._failed = message
-            if not self._ready.done():
-                self._ready.set_exception(message.error)
+            self._decide(message.error)
         else:
             if isinstance(message, Outputs):
                 self._progress.apply(message)
             self._take(message)
 
     def _bury(self, error: EngineDeadError) -> None:
-        if not self._ready.done():
-            self._ready.set_exception(error)
+        self._decide(error)
         # An engine that never was has nobody to tell but `wait_until_ready`.
-        self._end(error, tell=self._ready.exception() is None)
+        self._end(error, tell=self._is_ready)
+
+    def _decide(self, outcome: EngineInfo | BaseException) -> None:
+        """The first one counts."""
+        if not self._is_decided:
+            self._is_decided = True
+            self._outcome.put(outcome)
 
     def _epitaph(self) -> EngineDeadError:
         if self._failed is not None:

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import queue
 from collections.abc import Sequence
-from concurrent import futures
 from concurrent.futures import Future
 from typing import Any
 
@@ -114,18 +113,17 @@ class ProcessCore:
 
     def sleep(self, level: int, wait: bool = False) -> Future[None]:
         """Done when it returns; see `EngineControl.sleep`. Outputs of steps that it waited for have arrived."""
-        done = self._client.call("sleep", level, wait)
-        futures.wait([done])
+        done = self._client.wait_for("sleep", level, wait)
         self._is_asleep = self.call("is_sleeping")
         return done
 
     def call(self, method: str, *arguments: Any) -> Any:
         """A method of `EngineCore` by its name."""
         try:
-            return self._client.call(method, *arguments).result()
+            return self._client.wait_for(method, *arguments).result()
         finally:
             if method in _WAKING:
-                self._is_asleep = self._client.call("is_sleeping").result()
+                self._is_asleep = self._client.wait_for("is_sleeping").result()
 
     def shutdown(self) -> None:
         self._client.shutdown()
