@@ -163,7 +163,8 @@ class Executables:
                     self._lowered[key] = self.lower(key, data)
                     kernels = kernels_of(self._lowered[key])
                 compiler.add(kernels)
-            log.debug("compiled %d kernels in %.2f s", compiler.wait(), time.perf_counter() - started)
+            num_kernels = compiler.wait()
+        log.debug("compiled %d kernels in %.2f s", num_kernels, time.perf_counter() - started)
 
     def compile(self, key: Key, exported: Exported | None = None) -> Any:
         """The executable of `key`, compiled now if it is not ready."""
