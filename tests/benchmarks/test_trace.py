@@ -58,6 +58,7 @@ def test_picture_of_a_step(tmp_path):
     record = {
         "num_requests": 4,
         "step_seconds": used.span,
+        "traced_step_seconds": used.span,
         "busy_seconds": used.busy,
         "coverage": used.coverage,
         "kernels": used.by_category,

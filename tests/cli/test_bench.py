@@ -289,7 +289,7 @@ def test_percentiles():
     ("options", "text"),
     [
         (["--output-len", "4"], "--profile needs at least"),
-        (["--output-len", "20"], "--profile traces a GPU's kernels, and JAX runs on cpu"),
+        (["--output-len", "64"], "--profile traces a GPU's kernels, and JAX runs on cpu"),
     ],
 )
 def test_profile_refuses_early(bench, tmp_path, options, text):

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _STEPS = 8
 _READS = 32
 _WARM_STEPS = 4
+#: Timed without a trace, which slows the host: steps of few rows then wait for it.
+_TIMED_STEPS = 32
 #: Traced, but not looked at: the first launches that are recorded take longer.
 _FIRST_STEPS = 4
 
@@ -40,7 +42,7 @@ def check(folder: Path, output_len: int) -> None:
     """
     from vjax import plot
 
-    least = _WARM_STEPS + _FIRST_STEPS + _STEPS + 2
+    least = _WARM_STEPS + _TIMED_STEPS + _FIRST_STEPS + _STEPS + 2
     if output_len < least:
         raise ConfigError(f"--profile needs at least {least} output tokens, not {output_len}; raise --output-len.")
     plot.check(folder / "step.png")
@@ -65,9 +67,10 @@ def profile(llm: LLM, requests: Sequence[Request], folder: Path) -> Record:
         requests: Seen by `measure.prepare` and `check`; as many as can run at once.
 
     Returns:
-        Seconds a step: by category of kernels, the time in which any kernel ran ("busy"), and what reading the weights
-        and the cache takes at the bandwidth that this device reaches. "coverage" is the share of the time in which a
-        launch was under way, that of a whole graph as one.
+        Seconds a step: in all ("step_seconds") without a trace and with one; by category of kernels; the time in which
+        any kernel ran ("busy"); and what reading the weights and the cache takes at the bandwidth that this device
+        reaches. "coverage" is what kernels take of a step without a trace, "traced_coverage" the share of the traced
+        time in which a launch was under way, that of a whole graph as one.
     """
     import jax
 
@@ -90,6 +93,10 @@ def profile(llm: LLM, requests: Sequence[Request], folder: Path) -> Record:
     decoding = 0
     while decoding < _WARM_STEPS:
         decoding = decoding + 1 if len(engine.step()) == len(requests) else 0
+    started = time.perf_counter()
+    for _ in range(_TIMED_STEPS):
+        engine.step()
+    step_seconds = (time.perf_counter() - started) / _TIMED_STEPS
     options = jax.profiler.ProfileOptions()
     # Calls of Python functions: recording them slows the host until the device waits for it.
     options.python_tracer_level = 0
@@ -103,13 +110,17 @@ def profile(llm: LLM, requests: Sequence[Request], folder: Path) -> Record:
     kernels = kernels[len(kernels) * _FIRST_STEPS // (_FIRST_STEPS + _STEPS) :]
     used = trace.usage(kernels)
     bandwidth = _read_bandwidth()
-    num_keys = sum(len(r.prompt_token_ids) + _WARM_STEPS + _FIRST_STEPS + _STEPS // 2 for r in requests)
+    num_before = _WARM_STEPS + _TIMED_STEPS + _FIRST_STEPS
+    num_keys = sum(len(r.prompt_token_ids) + num_before + _STEPS // 2 for r in requests)
+    busy = used.busy / _STEPS
     record = {
         "num_requests": len(requests),
         "num_steps": _STEPS,
-        "step_seconds": used.span / _STEPS,
-        "busy_seconds": used.busy / _STEPS,
-        "coverage": used.coverage,
+        "step_seconds": step_seconds,
+        "traced_step_seconds": used.span / _STEPS,
+        "busy_seconds": busy,
+        "coverage": min(1.0, busy / step_seconds),
+        "traced_coverage": used.coverage,
         "kernels": {name: seconds / _STEPS for name, seconds in used.by_category.items()},
         "num_kernels": {name: count / _STEPS for name, count in used.counts.items()},
         "read_bytes_per_second": bandwidth,

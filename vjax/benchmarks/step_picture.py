@@ -34,7 +34,7 @@ def draw(record: Record, kernels: Sequence[Kernel], path: Path) -> None:
 
     figure, axes = new_figure(11, 5.2, rows=2, ratios=(3, 2))
     first = {name: record["kernels"][name] for name in _FIRST}
-    measured = {**first, **record["kernels"], _IDLE: record["step_seconds"] - record["busy_seconds"]}
+    measured = {**first, **record["kernels"], _IDLE: max(0.0, record["step_seconds"] - record["busy_seconds"])}
     rows = {"step": measured, "memory\nalone": record["least_seconds"]}
     in_ms = {title: {name: 1e3 * seconds for name, seconds in parts.items()} for title, parts in rows.items()}
     stacked_rows(axes[0], in_ms, form=".2f", unit=" ms", colours=_COLOURS)
@@ -42,7 +42,7 @@ def draw(record: Record, kernels: Sequence[Kernel], path: Path) -> None:
     _timeline(axes[1], record, kernels)
     axes[1].spines["left"].set_visible(False)
     figure.suptitle(
-        f"{record['num_requests']} requests decode: {1e3 * record['step_seconds']:.2f} ms a step, launches take "
+        f"{record['num_requests']} requests decode: {1e3 * record['step_seconds']:.2f} ms a step, kernels take "
         f"{100 * record['coverage']:.1f} % of it (reads reach {record['read_bytes_per_second'] / 1e12:.2f} TB/s)",
         fontsize=10,
     )
@@ -52,7 +52,7 @@ def draw(record: Record, kernels: Sequence[Kernel], path: Path) -> None:
 def _timeline(axes: Any, record: Record, kernels: Sequence[Kernel]) -> None:
     """The kernels of one step's length, from the middle of the trace."""
     begin = kernels[len(kernels) // 2].start
-    stop = begin + 1e9 * record["step_seconds"]
+    stop = begin + 1e9 * record["traced_step_seconds"]
     for kernel in kernels:
         if begin <= kernel.start < stop:
             axes.barh(

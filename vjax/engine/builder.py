@@ -293,8 +293,9 @@ def _start_runner(
     compiled_all = (compiled for _, compiled in executables.ready())
     memory.check_temporaries(compiled_all, executables.step.model.arch, config, itemsize)
     compiled = time.perf_counter()
-    with memory.room_for_small_arrays(device):
+    with memory.room_for_small_arrays(device) as walls:
         runner = runner_class(leaves, executables, load)
+    runner.walls = walls
     runner.warm_up()
     log.info(
         "start: weights %.1f s, then programs %.1f s (%s), KV cache and warm-up %.1f s",

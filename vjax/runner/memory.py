@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,8 +27,13 @@ log = logger(__name__)
 
 _GIB = 1 << 30
 DEFAULT_CPU_KV_BYTES = 1 * _GIB
-#: For outputs and the temporaries of small steps; see `room_for_small_arrays`.
+#: The holes of `room_for_small_arrays`: for what a step is sent and sends back, less than any step's temporaries; for
+#: masks of grammars; for the temporaries of small steps.
+_HOLES = (3 << 17, 9 << 19, 118 << 20)
+#: The holes and what separates them.
 _SMALL_ARRAYS = _GIB // 8
+#: Free pieces among the weights that are filled until two arrays lie behind each other.
+_MAX_FILLED = 256
 #: The least that stays free for temporaries. XLA's allocator gives a piece away whole if less than 128 MiB of it would
 #: be left: the last array of the KV cache would take all that was kept for a small model's steps.
 _LEAST_TEMPORARIES = _GIB // 4
@@ -172,17 +177,55 @@ def check_temporaries(executables: Iterable[Any], arch: ArchConfig, config: Engi
 
 
 @contextmanager
-def room_for_small_arrays(device: Any) -> Iterator[None]:
-    """Leaves a hole in the device's memory before what is allocated within the context.
+def room_for_small_arrays(device: Any) -> Iterator[list[Any]]:
+    """Leaves holes in the device's memory before what is allocated within the context.
 
-    The allocator takes the smallest free piece that fits. Small arrays go into the hole, and the one large piece behind
-    the KV cache, without which the largest step cannot run, stays whole.
+    The allocator takes the smallest free piece that fits. So small arrays go into the holes, and the one large piece
+    behind the KV cache, without which the largest step cannot run, stays whole. And as what steps are sent, which lies
+    somewhere else in each, has a hole to itself, temporaries find theirs as the step before left it, and take the same
+    addresses: then a CUDA graph has nothing to update but the few kernels that read the former. Of the 2.4 ms that it
+    takes to dispatch a decode step of 64 rows of Llama-3-8B that saves 1.0.
+
+    Yields:
+        What keeps the holes apart: to be kept as long as what is allocated within. Deleted when that fails.
     """
-    hole = jax.block_until_ready(jnp.empty(_SMALL_ARRAYS, jnp.uint8, device=device))
+
+    def allocate(size: int) -> tuple[Any, int]:
+        array = jax.block_until_ready(jnp.empty(size, jnp.uint8, device=device))
+        return array, array.unsafe_buffer_pointer()
+
+    holes, walls = separate_holes(_HOLES, allocate)
     try:
-        yield
+        yield walls
+    except BaseException:
+        holes += walls
+        raise
     finally:
-        hole.delete()
+        for array in holes:
+            array.delete()
+
+
+def separate_holes(sizes: Sequence[int], allocate: Callable[[int], tuple[Any, int]]) -> tuple[list[Any], list[Any]]:
+    """Arrays of `sizes` that will be holes, and arrays that keep all but the last, behind which nothing is free, from
+    becoming one with other free memory.
+
+    Args:
+        allocate: An array of so many bytes, and its address.
+    """
+    holes, walls = [], []
+    for size in sizes[:-1]:
+        # Where smaller pieces are free than the large one they are taken first, and filled.
+        hole, address = allocate(size)
+        for _ in range(_MAX_FILLED):
+            wall, next_address = allocate(size)
+            if next_address == address + size:
+                walls.append(wall)
+                break
+            walls.append(hole)
+            hole, address = wall, next_address
+        holes.append(hole)
+    holes.append(allocate(sizes[-1])[0])
+    return holes, walls
 
 
 def allocate(specs: Any, shardings: Any, what: str) -> Any:

@@ -7,7 +7,6 @@ and gives back a handle that yields a `StepOutput` once the device is done.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -94,6 +93,9 @@ class ModelRunner:
         leaves: Weights in the order of `model.leaf_names`; the runner owns them from here on.
         executables: The compiled step; what is in it decides shapes and placement.
         load: Makes the leaves again, for who drops them.
+
+    Attributes:
+        walls: From `room_for_small_arrays`, where the caches were allocated in it.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class ModelRunner:
         buckets = executables.buckets
         self._kv: Any = None
         self._rows: Any = None
+        self.walls: list[jax.Array] = []
         #: Allocated when the first request needs it.
         self._processors: Any = None
         self._layouts = {b: step.layout(b) for b in (*buckets.decode, *buckets.mixed)}
@@ -143,6 +146,7 @@ class ModelRunner:
         """Frees the KV cache and the rows, and moves the weights to the host (1) or drops them (2). Nothing is in
         flight."""
         self._free_cache()
+        self._free_walls()
         if level > 1:
             self.weights.drop()
         else:
@@ -162,7 +166,11 @@ class ModelRunner:
         if "kv_cache" in tags and self._kv is None:
             device = self.mesh.devices.flat[0]
             try:
-                with room_for_small_arrays(device) if self.executables.platform == "gpu" else nullcontext():
+                if self.executables.platform == "gpu":
+                    with room_for_small_arrays(device) as walls:
+                        self.reset()
+                    self.walls = walls
+                else:
                     self.reset()
             except BaseException:
                 self._free_cache()
@@ -240,12 +248,17 @@ class ModelRunner:
         self.weights.delete()
         self._leaves = self._head = ()
         self._free_cache()
+        self._free_walls()
 
     # ---- details ------------------------------------------------------------------------------------------------
 
     def _free_cache(self) -> None:
         _delete((self._kv, self._rows, self._processors))
         self._kv = self._rows = self._processors = None
+
+    def _free_walls(self) -> None:
+        _delete(self.walls)
+        self.walls = []
 
     def _write_ahead(self, scheduled: SchedulerOutput, fits: bool) -> None:
         """Row writes that the step's own buffer cannot carry."""
