@@ -155,6 +155,7 @@ def inspect(of: Executables, key: Any, dump_folder: Path, exported: Exported | N
         "instructions": _instructions(compiled.as_text()),
         "thunks": _outer_thunks(set(dump_folder.iterdir()) - before),
         "cache_copies": cache_copies(compiled.as_text(), [kv[0][0].shape]),
+        "additions_in_products": compiled.as_text().count('"beta":1'),
         "temporary_bytes": memory.temp_size_in_bytes,
         "aliased_bytes": memory.alias_size_in_bytes,
         "donated_bytes": _num_bytes((kv, rows) if isinstance(key, ForwardBucket) else rows),
@@ -206,7 +207,7 @@ def main() -> None:
     keys = [
         SMALL_DECODE,
         DECODE,
-        ForwardBucket(2048, 1024, False),
+        ForwardBucket(8192, 64, False),
         SampleBucket(8, Variant.GREEDY),
         SampleBucket(256, Variant.FULL),
         "write_rows",

@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels.implementation import mosaic_unavailable_reason
 from tests.deviceless.compile_step import run
 
-STEP = ("decode[1]", "decode[256]", "mixed[2048, 1024 sequences]", "sample_greedy[8]", "sample_full[256]")
+STEP = ("decode[1]", "decode[256]", "mixed[8192, 64 sequences]", "sample_greedy[8]", "sample_full[256]")
 UPDATES = ("write_rows", "write_masked_ids")
 
 
@@ -92,6 +92,11 @@ def test_what_a_worker_lowers_compiles_to_the_same(report, programs, index):
 
 def test_temporaries_of_a_decode_step_are_its_activations(programs):
     assert programs["decode[256]"]["temporary_bytes"] < 64 << 20
+
+
+def test_the_residual_is_added_in_products_of_many_tokens(programs):
+    """Both of the first layer, and the last one of the last layer."""
+    assert programs["mixed[8192, 64 sequences]"]["additions_in_products"] == 3
 
 
 def test_multi_head_attention(report):

@@ -43,13 +43,18 @@ class BlockPool:
     def get_new_blocks(self, n: int) -> list[int]:
         """Takes `n` blocks from the front of the free list, with one holder each, and evicts their hashes."""
         assert n <= self.num_free, f"{n} blocks asked for, {self.num_free} are free"
-        blocks = []
+        blocks, block = [], NULL_BLOCK
+        following, hashes, ref_count = self._next, self._hash, self._ref_count
         for _ in range(n):
-            block = self._next[NULL_BLOCK]
-            self._unlink(block)
-            self.uncache(block)
-            self._ref_count[block] = 1
+            block = following[block]
             blocks.append(block)
+            ref_count[block] = 1
+            if hashes[block] is not None:
+                self.uncache(block)
+        # All at once: they are neighbours, at the front.
+        after = following[block]
+        following[NULL_BLOCK], self._prev[after] = after, NULL_BLOCK
+        self.num_free -= n
         return blocks
 
     def touch(self, block_ids: Iterable[int]) -> None:

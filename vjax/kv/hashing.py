@@ -49,9 +49,13 @@ def extend_block_hashes(request: Request, block_size: int) -> None:
         return
     # Encoded at once: a prompt of 4,000 tokens has 260 blocks.
     tokens = encode_tokens(request.token_ids[done:end])
-    extra = ("cache_salt", request.cache_salt) if not done and request.cache_salt is not None else None
-    parent = hashes[-1] if hashes else None
-    for start in range(0, len(tokens), 8 * block_size):
-        parent = hash_block(parent, tokens[start : start + 8 * block_size], extra)
-        extra = None
+    width, parent = 8 * block_size, hashes[-1] if hashes else ROOT_HASH
+    if not done and request.cache_salt is not None:
+        parent = hash_block(None, tokens[:width], ("cache_salt", request.cache_salt))
+        hashes.append(parent)
+        tokens = tokens[width:]
+    # `hash_block` without extra strings, written out: a call for each block is most of what a long prompt takes.
+    num_tokens = block_size.to_bytes(8, "little")
+    for start in range(0, len(tokens), width):
+        parent = sha256(parent + num_tokens + tokens[start : start + width]).digest()
         hashes.append(parent)
