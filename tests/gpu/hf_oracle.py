@@ -122,12 +122,14 @@ def _load_bf16(path: str) -> tuple[Any, str]:
 def _continue(model: Any, ids: Any, num_tokens: int) -> Any:
     """ids [N, L] -> [N, L + num_tokens]."""
     import torch
+    from transformers import DynamicCache
 
-    cache, new = None, ids
+    cache, new = DynamicCache(config=model.config), ids
     with torch.no_grad():
         for _ in range(num_tokens):
-            output = model(new, past_key_values=cache, use_cache=True)
-            cache, new = output.past_key_values, output.logits[:, -1].argmax(dim=-1, keepdim=True)
+            # The cache's name depends on transformers' version, its place does not: after mask and positions.
+            output = model(new, None, None, cache, use_cache=True)
+            new = output.logits[:, -1].argmax(dim=-1, keepdim=True)
             ids = torch.cat([ids, new], dim=1)
     return ids
 

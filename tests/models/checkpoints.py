@@ -124,13 +124,15 @@ def hf_logits(path: str, prompt_ids: list[int]) -> Any:
 def hf_greedy(path: str, prompt_ids: list[int], n: int) -> list[int]:
     """The n ids that greedy decoding appends to the prompt; an end of sequence does not stop it."""
     import torch
+    from transformers import DynamicCache
 
-    model, ids, cache = _hf_model(path), torch.tensor([prompt_ids]), None
+    model, ids = _hf_model(path), torch.tensor([prompt_ids])
+    cache = DynamicCache(config=model.config)
     generated: list[int] = []
     with torch.no_grad():
         for _ in range(n):
-            output = model(ids, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            # The cache's name depends on transformers' version, its place does not: after mask and positions.
+            output = model(ids, None, None, cache, use_cache=True)
             generated.append(int(output.logits[0, -1].argmax()))
             ids = torch.tensor([[generated[-1]]])
     return generated
