@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
+from functools import reduce
+from operator import or_
 
 import jax
 import numpy as np
@@ -112,7 +114,7 @@ class ModelRunner:
         self._head: tuple[jax.Array, ...] = ()
         self.use_weights()
         # What each row asks of the sample program: its variant, and its features above that; row 0 never samples.
-        self._row_code = np.zeros(step.geometry.max_num_seqs + 1, np.int16)
+        self._row_code = [0] * (step.geometry.max_num_seqs + 1)
         buckets = executables.buckets
         self._kv: Any = None
         self._rows: Any = None
@@ -236,7 +238,7 @@ class ModelRunner:
             raise
         except (jax.errors.JaxRuntimeError, RuntimeError) as e:
             raise EngineStepError(f"step {scheduled.step_id} could not be dispatched: {e}") from e
-        layout = self.step.logprobs_layout if features & Feature.LOGPROBS else None
+        layout = self.step.logprobs_layout if Feature.LOGPROBS in features else None
         handle = StepHandle(scheduled.step_id, scheduled.num_sampled, tokens, done, layout, *all_logprobs)
         handle.scores = scores
         return handle
@@ -311,11 +313,11 @@ class ModelRunner:
             self._row_code[init.row] = row_variant(init) | features << _VARIANT_BITS
         if not scheduled.num_sampled:
             return Variant.GREEDY, NO_FEATURES
-        codes = self._row_code[scheduled.rows[: scheduled.num_sampled]]
-        largest = int(codes.max())
+        codes = {self._row_code[row] for row in scheduled.rows[: scheduled.num_sampled]}
+        largest = max(codes)
         if largest < 1 << _VARIANT_BITS:
             return Variant(largest), NO_FEATURES
-        return Variant.FULL, Feature(int(np.bitwise_or.reduce(codes)) >> _VARIANT_BITS)
+        return Variant.FULL, Feature(reduce(or_, codes) >> _VARIANT_BITS)
 
     def _processor_state(self) -> Any:
         if self._processors is None:
