@@ -99,17 +99,21 @@ class MaskFiller:
             self._threads().consume_token_par(single)
 
     def fill(self, mask: np.ndarray, matchers: Sequence[tuple[int, GrammarMatcher]]) -> None:
-        """Writes for each (row, matcher) which tokens may come next; all others keep what they have. A matcher with an
-        error allows EOS alone.
+        """Writes for each (row, matcher) which tokens may come next: all of them while it reasons, and EOS alone after
+        an error. Other rows keep what they have.
 
         Args:
             mask: i32 [R, mask_width(vocab_size)], contiguous; bit i % 32 of word i // 32 is id i.
         """
-        if not matchers:
-            return
         assert mask.dtype == np.int32 and mask.flags.c_contiguous
-        pairs = [(m.matcher, row) for row, m in matchers]
-        self._threads().unsafe_compute_mask_ptr(pairs, mask.ctypes.data, mask.shape[1] * 4, len(mask))  # pyright: ignore[reportArgumentType]
+        pairs = []
+        for row, matcher in matchers:
+            if matcher.is_reasoning:
+                mask[row] = -1
+            else:
+                pairs.append((matcher.matcher, row))
+        if pairs:
+            self._threads().unsafe_compute_mask_ptr(pairs, mask.ctypes.data, mask.shape[1] * 4, len(mask))  # pyright: ignore[reportArgumentType]
 
     def _threads(self) -> LLExecutor:
         if self._executor is None:
