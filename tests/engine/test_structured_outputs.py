@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import pytest
 
@@ -186,6 +187,29 @@ def test_a_mask_that_cannot_be_filled_fails_its_step_alone(llm: LLM, monkeypatch
     assert len(failed[8].outputs[0].text) == 9
     (again,) = complete(llm, [constrained(choice=["yes"])])
     assert again.outputs[0].text == "yes"
+
+
+def test_a_mask_is_written_again_when_its_step_has_run(llm: LLM, monkeypatch):
+    """Two of them take turns. What an earlier step left in one is gone, in rows without a grammar too."""
+    from vjax.structured.matcher import MaskFiller
+
+    fill, plain = MaskFiller.fill, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    addresses = []
+
+    def watched(self, mask, matchers):
+        addresses.append(mask.ctypes.data)
+        held = {row for row, _ in matchers}
+        assert all((words == -1).all() for row, words in enumerate(mask) if row not in held)
+        fill(self, mask, matchers)
+
+    monkeypatch.setattr(MaskFiller, "fill", watched)
+    (alone,) = complete(llm, [plain])
+    assert not addresses
+    complete(llm, [constrained(12, regex="[a-z]{99}")] * 8)
+    beside, *_ = complete(llm, [plain, *[constrained(30, regex="[a-z]{99}")] * 3])
+    assert beside.outputs[0].token_ids == alone.outputs[0].token_ids
+    assert len(addresses) > 40 and len(set(addresses)) == 2
+    assert sum(one == other for one, other in pairwise(addresses)) <= 1, "a step in flight reads it"
 
 
 def test_each_completion_has_a_matcher_of_its_own(llm: LLM):

@@ -123,11 +123,13 @@ class EngineCore(EngineControl):
     def _fill_mask(self, constrained: list[tuple[int, Request]], early: list[EngineOutput], mask: np.ndarray) -> None:
         """Leaves in the mask of a step what the grammars of its requests allow, while the device computes its forward:
         tokens of the step before are waited for, since they decide it."""
+        if len(constrained) < len(mask):
+            mask[:] = -1
         while self._in_flight:
             early += self._finish_oldest()
-        live = [(row, request) for row, request in constrained if not request.is_finished]
-        self._masks.follow((request.matcher, request.token_ids, request.num_prompt_tokens) for _, request in live)
-        self._masks.fill(mask, [(row, r.matcher) for row, r in live if not r.matcher.is_reasoning])
+        live = [(row, request) for row, request in constrained if request.finish_reason is None]
+        self._masks.follow([(r.matcher, r.token_ids, r.num_prompt_tokens) for _, r in live])
+        self._masks.fill(mask, [(row, r.matcher) for row, r in live])
         for row, request in live:
             if error := request.matcher.error:
                 mask[row] = -1

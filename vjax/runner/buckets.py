@@ -13,7 +13,7 @@ from dataclasses import dataclass
 _GPU_DECODE = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 _GPU_MIXED = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 #: Mixed buckets of fewer sequences beside those of as many as may run: their last layer is computed for fewer tokens.
-_GPU_FEW_SEQS = ((2048, 256), (8192, 64))
+_GPU_FEW_SEQS = ((2048, 64), (8192, 64))
 _GPU_SAMPLE = (1, 8, 32, 64, 128, 256, 384, 512, 768, 1024)
 # XLA compiles for the CPU on the cores that serve: few, wide steps between buckets.
 _CPU_DECODE = (4, 16, 64, 256, 1024)

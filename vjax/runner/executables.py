@@ -90,20 +90,18 @@ class Executables:
         """The executable that scores prompt tokens of a forward of `num_tokens`."""
         return self._serve(ScoreBucket(num_tokens, with_all))
 
-    def sample_for(self, num_rows: int, variant: Variant, features: Feature = NO_FEATURES) -> Any:
-        """The executable that samples `num_rows` rows, at least as capable as `variant`, and with these features."""
+    def sample_for(self, num_rows: int, variant: Variant, features: Feature = NO_FEATURES) -> tuple[SampleBucket, Any]:
+        """The tightest bucket for `num_rows` rows, at least as capable as `variant`, and with these features, and its
+        executable."""
         if features:
-            return self._serve(feature_bucket(self.buckets.sample, num_rows, features))
-        capable = (b for b in self._sample_buckets if b.variant >= variant and b.num_rows >= num_rows)
-        return self._serve(next(capable))
+            bucket = feature_bucket(self.buckets.sample, num_rows, features)
+        else:
+            bucket = next(b for b in self._sample_buckets if b.variant >= variant and b.num_rows >= num_rows)
+        return bucket, self._serve(bucket)
 
     def pool_for(self, num_tokens: int, *, sums: bool) -> Any:
         """The executable that pools tokens of a forward of `num_tokens`: vectors of single ones, or sums."""
         return self._serve(PoolBucket(num_tokens, sums))
-
-    def mask_rows(self, num_rows: int, features: Feature) -> int:
-        """Rows of the program that `sample_for` gives for these features."""
-        return feature_bucket(self.buckets.sample, num_rows, features).num_rows
 
     def update(self, name: str) -> Any:
         """ "write_rows", "write_masked_ids" or "write_processors"."""

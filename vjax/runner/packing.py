@@ -10,6 +10,7 @@ padding. Floats travel bit-cast.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -147,8 +148,7 @@ class PackedLayout:
         buf[: len(_HEADER)] = (num_tokens, num_seqs, s.num_sampled, num_updates, num_records)
         buf[self._rows : self._rows + num_seqs] = s.rows
         cu = buf[self._cu : self._tokens]
-        cu[0] = 0
-        np.cumsum(s.num_scheduled_tokens, out=cu[1 : num_seqs + 1])
+        cu[: num_seqs + 1] = [0, *accumulate(s.num_scheduled_tokens)]
         cu[num_seqs + 1 :] = num_tokens
         buf[self._tokens : self._tokens + num_tokens] = s.token_ids
         if num_updates:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import jax
@@ -89,7 +90,8 @@ def sample_buckets(sizes: Sequence[int]) -> list[SampleBucket]:
     return [SampleBucket(n, v) for v in Variant for n in (sizes if v < Variant.FULL else sparse)]
 
 
-def feature_bucket(sizes: Sequence[int], num_rows: int, features: Feature) -> SampleBucket:
+@cache
+def feature_bucket(sizes: tuple[int, ...], num_rows: int, features: Feature) -> SampleBucket:
     """The program that samples `num_rows` rows with these features, of the same sizes as those that truncate."""
     return SampleBucket(next(n for n in sizes[::-2][::-1] if n >= num_rows), Variant.FULL, features)
 

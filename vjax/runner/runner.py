@@ -6,8 +6,11 @@ and gives back a handle that yields a `StepOutput` once the device is done.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import jax
@@ -28,7 +31,7 @@ from vjax.sample.sampler import GREEDY_TEMPERATURE, NO_FEATURES, Feature, Varian
 
 _VARIANT_BITS = 2
 
-#: Clears the bits of tokens that may not be drawn, for the sampling rows of a step, in their order.
+#: Writes a bit for each token that may be drawn, for the sampling rows of a step, in their order.
 FillMask = Callable[[np.ndarray], None]
 
 
@@ -49,6 +52,8 @@ class StepHandle:
     all_logprobs: Any = None
     #: Of the prompt tokens that the step scores.
     scores: list[Scores] = field(default_factory=list)
+    #: `result` has found tokens: nothing that the step was given is read any more.
+    has_sampled: bool = False
 
     def result(self) -> StepOutput:
         """Blocks until the step has run.
@@ -62,6 +67,7 @@ class StepHandle:
                 self.done.block_until_ready()
                 return StepOutput(self.step_id, [], scored=scored)
             result = np.asarray(self.tokens)[: self.num_sampled]
+            self.has_sampled = True
             if self.layout is None:
                 return StepOutput(self.step_id, result.tolist(), scored=scored)
             every = None if self.all_logprobs is None else np.asarray(self.all_logprobs)[: self.num_sampled]
@@ -112,13 +118,15 @@ class ModelRunner:
         self._head: tuple[jax.Array, ...] = ()
         self.use_weights()
         # What each row asks of the sample program: its variant, and its features above that; row 0 never samples.
-        self._row_code = np.zeros(step.geometry.max_num_seqs + 1, np.int16)
+        self._row_code = [0] * (step.geometry.max_num_seqs + 1)
         buckets = executables.buckets
         self._kv: Any = None
         self._rows: Any = None
         self.walls: list[jax.Array] = []
         #: Allocated when the first request needs it.
         self._processors: Any = None
+        #: Masks of steps, oldest first: one is written again when its step has sampled.
+        self._masks: deque[tuple[StepHandle, np.ndarray]] = deque()
         self._layouts = {b: step.layout(b) for b in (*buckets.decode, *buckets.mixed)}
         self.reset()
 
@@ -204,8 +212,8 @@ class ModelRunner:
 
         Args:
             fill_mask: Given where a row that samples has a grammar. Called when the forward is on its way to the
-                device, with a mask of ones, i32 [at least num_sampled, mask_width(vocab_size)]. It may wait for the
-                steps before this one.
+                device, with i32 [at least num_sampled, mask_width(vocab_size)], in which anything may stand. It may
+                wait for the steps before this one.
 
         Raises:
             EngineStepError: The dispatch failed; the device state is lost and `reset` is due.
@@ -217,18 +225,20 @@ class ModelRunner:
         fits = layout.fits(scheduled)
         packed = layout.pack(scheduled, with_updates=fits)
         variant, features = self._track_rows(scheduled)
-        sample = None
+        sampling = mask = None
         if scheduled.num_sampled:
-            sample = self.executables.sample_for(scheduled.num_sampled, variant, features)
+            sampling = self.executables.sample_for(scheduled.num_sampled, variant, features)
         try:
             self._write_ahead(scheduled, fits)
             self._kv, self._rows, done, *hidden = forward(self._leaves, self._kv, self._rows, packed)
             scores = self._score(scheduled, hidden[0]) if hidden else []
             tokens, all_logprobs = None, []
-            if sample is not None:
+            if sampling is not None:
+                sample_bucket, sample = sampling
                 state = (self._processor_state(),) if features else ()
                 if fill_mask is not None:
-                    state += (self._filled_mask(scheduled.num_sampled, features, fill_mask),)
+                    mask = self._filled_mask(sample_bucket, fill_mask)
+                    state += (mask[: sample_bucket.num_rows],)
                 self._rows, tokens, *all_logprobs = sample(self._head, self._rows, *state)
                 for result in (tokens, *all_logprobs):
                     result.copy_to_host_async()
@@ -236,9 +246,11 @@ class ModelRunner:
             raise
         except (jax.errors.JaxRuntimeError, RuntimeError) as e:
             raise EngineStepError(f"step {scheduled.step_id} could not be dispatched: {e}") from e
-        layout = self.step.logprobs_layout if features & Feature.LOGPROBS else None
+        layout = self.step.logprobs_layout if Feature.LOGPROBS in features else None
         handle = StepHandle(scheduled.step_id, scheduled.num_sampled, tokens, done, layout, *all_logprobs)
         handle.scores = scores
+        if mask is not None:
+            self._masks.append((handle, mask))
         return handle
 
     def shutdown(self) -> None:
@@ -255,6 +267,7 @@ class ModelRunner:
     def _free_cache(self) -> None:
         _delete((self._kv, self._rows, self._processors))
         self._kv = self._rows = self._processors = None
+        self._masks.clear()
 
     def _free_walls(self) -> None:
         _delete(self.walls)
@@ -276,12 +289,16 @@ class ModelRunner:
                 buffer = self.step.processor_layout.pack(init)
                 self._processors = self.executables.update("write_processors")(self._processor_state(), buffer)
 
-    def _filled_mask(self, num_sampled: int, features: Feature, fill_mask: FillMask) -> np.ndarray:
-        assert Feature.MASK in features, features
-        # A new one in every step: on the CPU the device reads it in place.
-        mask = np.full(self.step.mask_spec(self.executables.mask_rows(num_sampled, features)).shape, -1, np.int32)
+    def _filled_mask(self, bucket: SampleBucket, fill_mask: FillMask) -> np.ndarray:
+        """A mask for the largest bucket, whose first rows are filled. The device may read it in place until the step
+        has run, so that it is another one than those of steps in flight."""
+        assert Feature.MASK in bucket.features, bucket
+        if self._masks and self._masks[0][0].has_sampled:
+            mask = self._masks.popleft()[1]
+        else:
+            mask = np.empty(self.step.mask_spec(self.executables.buckets.sample[-1]).shape, np.int32)
         try:
-            fill_mask(mask)
+            fill_mask(mask[: bucket.num_rows])
         except EngineStepError:
             raise
         except Exception as e:  # the forward has run: the step cannot be taken back
@@ -311,11 +328,11 @@ class ModelRunner:
             self._row_code[init.row] = row_variant(init) | features << _VARIANT_BITS
         if not scheduled.num_sampled:
             return Variant.GREEDY, NO_FEATURES
-        codes = self._row_code[scheduled.rows[: scheduled.num_sampled]]
-        largest = int(codes.max())
+        codes = {self._row_code[row] for row in scheduled.rows[: scheduled.num_sampled]}
+        largest = max(codes)
         if largest < 1 << _VARIANT_BITS:
             return Variant(largest), NO_FEATURES
-        return Variant.FULL, Feature(int(np.bitwise_or.reduce(codes)) >> _VARIANT_BITS)
+        return Variant.FULL, Feature(reduce(or_, codes) >> _VARIANT_BITS)
 
     def _processor_state(self) -> Any:
         if self._processors is None:

@@ -60,11 +60,6 @@ class GrammarMatcher:
 
     def follow(self, token_ids: Sequence[int], num_prompt_tokens: int) -> None:
         """Takes in what is new of a sequence, of which earlier calls had a prefix."""
-        if new := self._new_tokens(token_ids, num_prompt_tokens):
-            self.matcher.consume_tokens(new)  # pyright: ignore[reportArgumentType]
-
-    def _new_tokens(self, token_ids: Sequence[int], num_prompt_tokens: int) -> Sequence[int]:
-        """What `matcher` has to be given of the sequence; to be given to it then."""
         first = max(self._num_seen, num_prompt_tokens)
         if self.is_reasoning:
             assert self._tags is not None
@@ -75,7 +70,8 @@ class GrammarMatcher:
             self.is_reasoning = end is None
             first = len(token_ids) if end is None else end
         self._num_seen = len(token_ids)
-        return () if self.matcher.is_stopped() else token_ids[first:]
+        if first < self._num_seen and not self.matcher.is_stopped():
+            self.matcher.consume_tokens(token_ids[first:])  # pyright: ignore[reportArgumentType]
 
     @property
     def error(self) -> str:
@@ -93,26 +89,31 @@ class MaskFiller:
         """As `GrammarMatcher.follow` with the rest of each item; where it is one token, as in a step, in threads."""
         single = []
         for matcher, token_ids, num_prompt_tokens in sequences:
-            new = matcher._new_tokens(token_ids, num_prompt_tokens)
-            if len(new) == 1:
-                single.append((matcher.matcher, new[0]))
-            elif new:
-                matcher.matcher.consume_tokens(new)  # pyright: ignore[reportArgumentType]
+            if matcher.is_reasoning or not num_prompt_tokens <= matcher._num_seen == len(token_ids) - 1:
+                matcher.follow(token_ids, num_prompt_tokens)
+                continue
+            matcher._num_seen += 1
+            if not matcher.matcher.is_stopped():
+                single.append((matcher.matcher, token_ids[-1]))
         if single:
             self._threads().consume_token_par(single)
 
     def fill(self, mask: np.ndarray, matchers: Sequence[tuple[int, GrammarMatcher]]) -> None:
-        """Writes for each (row, matcher) which tokens may come next; all others keep what they have. A matcher with an
-        error allows EOS alone.
+        """Writes for each (row, matcher) which tokens may come next: all of them while it reasons, and EOS alone after
+        an error. Other rows keep what they have.
 
         Args:
             mask: i32 [R, mask_width(vocab_size)], contiguous; bit i % 32 of word i // 32 is id i.
         """
-        if not matchers:
-            return
         assert mask.dtype == np.int32 and mask.flags.c_contiguous
-        pairs = [(m.matcher, row) for row, m in matchers]
-        self._threads().unsafe_compute_mask_ptr(pairs, mask.ctypes.data, mask.shape[1] * 4, len(mask))  # pyright: ignore[reportArgumentType]
+        pairs = []
+        for row, matcher in matchers:
+            if matcher.is_reasoning:
+                mask[row] = -1
+            else:
+                pairs.append((matcher.matcher, row))
+        if pairs:
+            self._threads().unsafe_compute_mask_ptr(pairs, mask.ctypes.data, mask.shape[1] * 4, len(mask))  # pyright: ignore[reportArgumentType]
 
     def _threads(self) -> LLExecutor:
         if self._executor is None:
