@@ -64,6 +64,13 @@ def description(direct) -> StepDescription:
     return StepDescription.of(direct.step, direct.mesh, "cpu")
 
 
+def test_models_of_other_special_tokens_have_the_same_programs(direct, description):
+    model = direct.step.model
+    tuned = dataclasses.replace(model.arch, eos_token_ids=(1, 2, 3), bos_token_id=4, torch_dtype="float16")
+    step = dataclasses.replace(direct.step, model=build_model(tuned, jnp.float32, mesh=direct.mesh))
+    assert repr(StepDescription.of(step, direct.mesh, "cpu")) == repr(description)
+
+
 @pytest.fixture(scope="module")
 def cache(description, tmp_path_factory) -> LoweredCache:
     return LoweredCache(tmp_path_factory.mktemp("cache") / "not" / "there", repr(description))

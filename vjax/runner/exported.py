@@ -53,7 +53,8 @@ class StepDescription:
     """All that decides the programs of a step on one device, as plain data; its repr names it.
 
     Attributes:
-        arch, dtype, kv_scales: As given to `build_model`.
+        arch, dtype, kv_scales: As given to `build_model`; of arch what programs depend on: fine-tuned models differ in
+            the rest.
         geometry: Of the step.
         mesh: One device, whose kind decides how kernels are tuned.
         platform: What JAX calls the device's platform when it lowers, "cuda" or "cpu".
@@ -74,7 +75,7 @@ class StepDescription:
         assert mesh.size == 1, mesh
         model = step.model
         return cls(
-            arch=model.arch,
+            arch=dataclasses.replace(model.arch, torch_dtype=None, bos_token_id=None, eos_token_ids=()),
             dtype=jnp.dtype(model.dtype).name,
             kv_scales=model.kv_scales,
             geometry=step.geometry,
