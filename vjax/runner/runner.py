@@ -36,6 +36,15 @@ FillMask = Callable[[np.ndarray], None]
 
 
 @dataclass(slots=True)
+class StepMask:
+    """A step's mask: i32 [rows of the largest sample program, mask_width(vocab_size)], of which the device may read the
+    first ones in place until the step has run."""
+
+    bits: np.ndarray
+    is_read: bool = False
+
+
+@dataclass(slots=True)
 class StepHandle:
     """A dispatched step."""
 
@@ -52,8 +61,8 @@ class StepHandle:
     all_logprobs: Any = None
     #: Of the prompt tokens that the step scores.
     scores: list[Scores] = field(default_factory=list)
-    #: `result` has found tokens: nothing that the step was given is read any more.
-    has_sampled: bool = False
+    #: When a request of the step has a grammar.
+    mask: StepMask | None = None
 
     def result(self) -> StepOutput:
         """Blocks until the step has run.
@@ -67,7 +76,8 @@ class StepHandle:
                 self.done.block_until_ready()
                 return StepOutput(self.step_id, [], scored=scored)
             result = np.asarray(self.tokens)[: self.num_sampled]
-            self.has_sampled = True
+            if self.mask is not None:
+                self.mask.is_read = True
             if self.layout is None:
                 return StepOutput(self.step_id, result.tolist(), scored=scored)
             every = None if self.all_logprobs is None else np.asarray(self.all_logprobs)[: self.num_sampled]
@@ -125,8 +135,8 @@ class ModelRunner:
         self.walls: list[jax.Array] = []
         #: Allocated when the first request needs it.
         self._processors: Any = None
-        #: Masks of steps, oldest first: one is written again when its step has sampled.
-        self._masks: deque[tuple[StepHandle, np.ndarray]] = deque()
+        #: Of steps, oldest first: one is written again when it has been read.
+        self._masks: deque[StepMask] = deque()
         self._layouts = {b: step.layout(b) for b in (*buckets.decode, *buckets.mixed)}
         self.reset()
 
@@ -238,7 +248,7 @@ class ModelRunner:
                 state = (self._processor_state(),) if features else ()
                 if fill_mask is not None:
                     mask = self._filled_mask(sample_bucket, fill_mask)
-                    state += (mask[: sample_bucket.num_rows],)
+                    state += (mask.bits[: sample_bucket.num_rows],)
                 self._rows, tokens, *all_logprobs = sample(self._head, self._rows, *state)
                 for result in (tokens, *all_logprobs):
                     result.copy_to_host_async()
@@ -250,7 +260,8 @@ class ModelRunner:
         handle = StepHandle(scheduled.step_id, scheduled.num_sampled, tokens, done, layout, *all_logprobs)
         handle.scores = scores
         if mask is not None:
-            self._masks.append((handle, mask))
+            handle.mask = mask
+            self._masks.append(mask)
         return handle
 
     def shutdown(self) -> None:
@@ -289,16 +300,16 @@ class ModelRunner:
                 buffer = self.step.processor_layout.pack(init)
                 self._processors = self.executables.update("write_processors")(self._processor_state(), buffer)
 
-    def _filled_mask(self, bucket: SampleBucket, fill_mask: FillMask) -> np.ndarray:
-        """A mask for the largest bucket, whose first rows are filled. The device may read it in place until the step
-        has run, so that it is another one than those of steps in flight."""
+    def _filled_mask(self, bucket: SampleBucket, fill_mask: FillMask) -> StepMask:
+        """A mask whose first rows, as many as the program takes, are filled; none of a step in flight."""
         assert Feature.MASK in bucket.features, bucket
-        if self._masks and self._masks[0][0].has_sampled:
-            mask = self._masks.popleft()[1]
+        if self._masks and self._masks[0].is_read:
+            mask = self._masks.popleft()
+            mask.is_read = False
         else:
-            mask = np.empty(self.step.mask_spec(self.executables.buckets.sample[-1]).shape, np.int32)
+            mask = StepMask(np.empty(self.step.mask_spec(self.executables.buckets.sample[-1]).shape, np.int32))
         try:
-            fill_mask(mask[: bucket.num_rows])
+            fill_mask(mask.bits[: bucket.num_rows])
         except EngineStepError:
             raise
         except Exception as e:  # the forward has run: the step cannot be taken back
