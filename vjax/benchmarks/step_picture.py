@@ -42,7 +42,7 @@ def draw(record: Record, kernels: Sequence[Kernel], path: Path) -> None:
     _timeline(axes[1], record, kernels)
     axes[1].spines["left"].set_visible(False)
     figure.suptitle(
-        f"{record['num_requests']} requests decode: {1e3 * record['step_seconds']:.2f} ms a step, kernels take "
+        f"A decode step at batch {record['num_requests']}: {1e3 * record['step_seconds']:.2f} ms, kernels take "
         f"{100 * record['coverage']:.1f} % of it (reads reach {record['read_bytes_per_second'] / 1e12:.2f} TB/s)",
         fontsize=10,
     )
