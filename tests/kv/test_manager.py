@@ -125,3 +125,53 @@ def test_without_caching_nothing_is_hashed() -> None:
     assert kv.get_computed_blocks(request(list(range(9)))) == ([], 0)
     assert first.block_hashes == []
     kv.check_integrity([first])
+
+
+@pytest.mark.parametrize("settle", [KVCacheManager.cache_noted_blocks, None], ids=["settled", "looked_for"])
+def test_noted_blocks_are_found(settle) -> None:
+    """By the next request too, which may be scheduled in the same step."""
+    kv = KVCacheManager(32, 4, True)
+    first, second = request(list(range(9))), request(list(range(9)))
+    kv.allocate(first, 9)
+    first.num_computed_tokens = 9
+    kv.note_full_blocks(first)
+    assert first.num_hashed_blocks == 0 and first.block_hashes == []
+    if settle is not None:
+        settle(kv)
+        assert first.num_hashed_blocks == 2
+    assert kv.get_computed_blocks(second) == (first.block_ids[:2], 8)
+    kv.check_integrity([first])
+
+
+def test_noted_blocks_stay_when_their_request_ends() -> None:
+    kv = KVCacheManager(32, 4, True)
+    first = request(list(range(9)))
+    kv.allocate(first, 9)
+    first.num_computed_tokens = 9
+    kv.note_full_blocks(first)
+    blocks = first.block_ids[:2]
+    kv.free(first)
+    kv.check_integrity([])
+    assert kv.get_computed_blocks(request(list(range(9)))) == (blocks, 8)
+
+
+def test_noted_blocks_that_are_taken_back_are_not_registered() -> None:
+    kv = KVCacheManager(32, 4, True)
+    first = request(list(range(9)))
+    kv.allocate(first, 9)
+    first.num_computed_tokens = 9
+    kv.note_full_blocks(first)
+    first.num_computed_tokens = 4
+    kv.take_back(first, 1)
+    kv.check_integrity([first])
+    assert kv.get_computed_blocks(request(list(range(9)))) == (first.block_ids[:1], 4)
+
+
+def test_only_the_first_block_of_a_new_prompt_is_hashed_to_look_for_it() -> None:
+    kv = KVCacheManager(32, 4, True)
+    new = request(list(range(100, 120)))
+    assert kv.get_computed_blocks(new) == ([], 0) and new.block_hashes == []
+    prefill(kv, request(list(range(12))))
+    assert kv.get_computed_blocks(new) == ([], 0) and len(new.block_hashes) == 1
+    other = request(list(range(12)))
+    assert kv.get_computed_blocks(other)[1] == 8 and len(other.block_hashes) == 3

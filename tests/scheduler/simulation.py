@@ -238,6 +238,8 @@ class Engine:
         requests = self.requests_of(s)
         histories = [self.history(r.token_ids[: r.num_prompt_tokens], r.cache_salt) for r in requests]
         self.in_flight.append((s, self.device.execute(s, histories)))
+        if s.step_id % 2 == 0:  # nothing depends on when it is called
+            self.scheduler.cache_scheduled_blocks()
 
     def receive(self) -> list[EngineOutput]:
         outputs = self.scheduler.update(*self.in_flight.popleft())

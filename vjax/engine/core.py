@@ -111,14 +111,17 @@ class EngineCore(EngineControl):
         constrained = self.scheduler.constrained(scheduled)
         try:
             if constrained:
-                return self.runner.execute(scheduled, partial(self._fill_mask, constrained, early))
-            return self.runner.execute(scheduled)
+                handle = self.runner.execute(scheduled, partial(self._fill_mask, constrained, early))
+            else:
+                handle = self.runner.execute(scheduled)
         except EngineStepError:
             raise
         except BaseException:
             # Nothing reached the device: the requests stay as they were.
             self.scheduler.unschedule(scheduled)
             raise
+        self.scheduler.cache_scheduled_blocks()
+        return handle
 
     def _fill_mask(self, constrained: list[tuple[int, Request]], early: list[EngineOutput], mask: np.ndarray) -> None:
         """Leaves in the mask of a step what the grammars of its requests allow, while the device computes its forward:

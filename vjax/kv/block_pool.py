@@ -81,6 +81,11 @@ class BlockPool:
         ref_count = self._ref_count
         return sum(ref_count[block] == 0 for block in block_ids)
 
+    @property
+    def has_cached_blocks(self) -> bool:
+        """Whether any block has a hash."""
+        return bool(self._cached)
+
     def cache_block(self, block_id: int, block_hash: bytes) -> None:
         """Registers a held block under its hash. Equal blocks are not merged: a hash may have several."""
         assert self.enable_caching and self._hash[block_id] is None and self._ref_count[block_id] > 0

@@ -40,11 +40,13 @@ def hash_block(parent: bytes | None, tokens: bytes, extra: tuple[str, ...] | Non
     return sha256(encoded).digest()
 
 
-def extend_block_hashes(request: Request, block_size: int) -> None:
-    """Appends to `request.block_hashes` the hashes of the full blocks of `request.token_ids` that lack one."""
+def extend_block_hashes(request: Request, block_size: int, num_blocks: int | None = None) -> None:
+    """Appends to `request.block_hashes` the hashes of the full blocks of `request.token_ids` that lack one, of the
+    first `num_blocks` if it is given."""
     hashes = request.block_hashes
     done = len(hashes) * block_size
-    end = len(request.token_ids) // block_size * block_size
+    full = len(request.token_ids) // block_size
+    end = (full if num_blocks is None else min(full, num_blocks)) * block_size
     if done >= end:
         return
     # Encoded at once: a prompt of 4,000 tokens has 260 blocks.

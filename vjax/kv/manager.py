@@ -12,9 +12,10 @@ from vjax.request import Request
 class KVCacheManager:
     """Keeps `request.block_ids`, `block_hashes` and `num_hashed_blocks` in step with the pool.
 
-    A block is registered in the prefix cache as soon as it is full of tokens that the host knows and the step that
-    computes the last of them is scheduled: steps run in order and write all KV before attention reads, so a request
-    scheduled later, in the same step too, can share it.
+    A block is registered in the prefix cache when it is full of tokens that the host knows and the step that computes
+    the last of them is scheduled: steps run in order and write all KV before attention reads, so a request scheduled
+    later, in the same step too, can share it. Hashing a long prompt takes longer than all else that is done to
+    schedule it: it waits until the step is on its way (`cache_noted_blocks`), or until somebody looks.
 
     Args:
         num_blocks: Blocks that exist, the null block included.
@@ -25,6 +26,8 @@ class KVCacheManager:
     def __init__(self, num_blocks: int, block_size: int, enable_caching: bool):
         self.block_size = block_size
         self.pool = BlockPool(num_blocks, enable_caching)
+        #: Requests with blocks that may be full and are not registered yet, in the order of their scheduling.
+        self._noted: list[Request] = []
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -37,9 +40,16 @@ class KVCacheManager:
         """
         if not self.pool.enable_caching or not request.reads_prefix_cache:
             return [], 0
+        self.cache_noted_blocks()
+        num_blocks = (request.num_tokens - 1) // self.block_size
+        if not num_blocks or not self.pool.has_cached_blocks:
+            return [], 0
+        extend_block_hashes(request, self.block_size, 1)
+        if self.pool.get_cached_block(request.block_hashes[0]) is None:
+            return [], 0  # Most prompts are new: the rest of them need not be hashed now.
         extend_block_hashes(request, self.block_size)
         blocks: list[int] = []
-        for block_hash in request.block_hashes[: (request.num_tokens - 1) // self.block_size]:
+        for block_hash in request.block_hashes[:num_blocks]:
             block = self.pool.get_cached_block(block_hash)
             if block is None:
                 break
@@ -67,6 +77,18 @@ class KVCacheManager:
             request.block_ids += self.pool.get_new_blocks(missing)
         return True
 
+    def note_full_blocks(self, request: Request) -> None:
+        """As `cache_full_blocks`, with the next `cache_noted_blocks` or when it makes a difference."""
+        if self.pool.enable_caching:
+            self._noted.append(request)
+
+    def cache_noted_blocks(self) -> None:
+        """`cache_full_blocks` of what was noted."""
+        if self._noted:
+            noted, self._noted = self._noted, []
+            for request in noted:
+                self.cache_full_blocks(request)
+
     def cache_full_blocks(self, request: Request) -> None:
         """Registers the blocks that are full of known and scheduled tokens. Call it when a block may have filled."""
         full = min(request.num_computed_tokens, request.num_tokens) // self.block_size
@@ -81,6 +103,7 @@ class KVCacheManager:
     def take_back(self, request: Request, num_blocks: int) -> None:
         """After `num_computed_tokens` went back: forgets the hashes of blocks that are no longer full, and lets go of
         all blocks after the first `num_blocks`."""
+        self.cache_noted_blocks()
         full = request.num_computed_tokens // self.block_size
         for block in request.block_ids[full : request.num_hashed_blocks]:
             self.pool.uncache(block)
@@ -90,6 +113,7 @@ class KVCacheManager:
 
     def free(self, request: Request) -> None:
         """Lets go of all blocks, the last one first, so that the tail of a prefix is evicted before its head."""
+        self.cache_noted_blocks()
         self.pool.free(reversed(request.block_ids))
         request.block_ids = []
         request.num_hashed_blocks = 0

@@ -52,7 +52,7 @@ def schedule_running(state: SchedulerState, step: StepBuilder, candidates: Itera
             continue
         step.add(request, n)
         if n > 1 or end % block_size == 0:
-            kv.cache_full_blocks(request)
+            kv.note_full_blocks(request)
 
 
 def admit_waiting(state: SchedulerState, step: StepBuilder, limit: int) -> int:
@@ -83,7 +83,7 @@ def admit_waiting(state: SchedulerState, step: StepBuilder, limit: int) -> int:
         assert allocated, "the whole request fits, so its first tokens do"
         _note_admission(state, step, request)
         step.add(request, n)
-        kv.cache_full_blocks(request)
+        kv.note_full_blocks(request)
         admitted += 1
     return admitted
 

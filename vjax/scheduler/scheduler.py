@@ -116,9 +116,16 @@ class Scheduler:
             return SchedulerOutput(step_id)
         self._next_step_id += 1
         scheduled, self._state.in_flight[step_id] = step.build(step_id)
+        if self.recordings:
+            self.cache_scheduled_blocks()
         for recording in self.recordings:
             recording.add(scheduled, self._state.in_flight[step_id].requests, self._state)
         return scheduled
+
+    def cache_scheduled_blocks(self) -> None:
+        """Registers the blocks that steps fill. To be called when the latest one is on its way to the device, which
+        need not wait for it; whoever needs them earlier finds them."""
+        self._state.kv.cache_noted_blocks()
 
     def update(self, scheduled: SchedulerOutput, output: StepOutput) -> list[EngineOutput]:
         """Hands the tokens of the oldest step in flight to their requests and ends those that are done.
