@@ -127,14 +127,20 @@ def test_without_caching_nothing_is_hashed() -> None:
     kv.check_integrity([first])
 
 
+def scheduled(kv: KVCacheManager) -> Request:
+    """One of nine tokens, 0 to 8, whose full blocks are noted."""
+    r = request(list(range(9)))
+    kv.allocate(r, 9)
+    r.num_computed_tokens = 9
+    kv.note_full_blocks(r)
+    return r
+
+
 @pytest.mark.parametrize("settle", [KVCacheManager.cache_noted_blocks, None], ids=["settled", "looked_for"])
 def test_noted_blocks_are_found(settle) -> None:
     """By the next request too, which may be scheduled in the same step."""
     kv = KVCacheManager(32, 4, True)
-    first, second = request(list(range(9))), request(list(range(9)))
-    kv.allocate(first, 9)
-    first.num_computed_tokens = 9
-    kv.note_full_blocks(first)
+    first, second = scheduled(kv), request(list(range(9)))
     assert first.num_hashed_blocks == 0 and first.block_hashes == []
     if settle is not None:
         settle(kv)
@@ -145,10 +151,7 @@ def test_noted_blocks_are_found(settle) -> None:
 
 def test_noted_blocks_stay_when_their_request_ends() -> None:
     kv = KVCacheManager(32, 4, True)
-    first = request(list(range(9)))
-    kv.allocate(first, 9)
-    first.num_computed_tokens = 9
-    kv.note_full_blocks(first)
+    first = scheduled(kv)
     blocks = first.block_ids[:2]
     kv.free(first)
     kv.check_integrity([])
@@ -157,10 +160,7 @@ def test_noted_blocks_stay_when_their_request_ends() -> None:
 
 def test_noted_blocks_that_are_taken_back_are_not_registered() -> None:
     kv = KVCacheManager(32, 4, True)
-    first = request(list(range(9)))
-    kv.allocate(first, 9)
-    first.num_computed_tokens = 9
-    kv.note_full_blocks(first)
+    first = scheduled(kv)
     first.num_computed_tokens = 4
     kv.take_back(first, 1)
     kv.check_integrity([first])
