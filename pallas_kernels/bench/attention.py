@@ -31,18 +31,22 @@ class Shape:
     head_dim: int = 128
     block_size: int = 16
     kv_dtype: str = "bfloat16"
+    shared: int = 0
+    """Keys that all sequences share, whole blocks."""
 
     def __str__(self) -> str:
+        context = f"context {self.context}" + (f", {self.shared} of it shared" if self.shared else "")
         text = (
-            f"{self.batch} x {self.q_len} tokens, context {self.context}, "
+            f"{self.batch} x {self.q_len} tokens, {context}, "
             f"{self.heads}/{self.kv_heads}x{self.head_dim}, block {self.block_size}"
         )
         return text if self.kv_dtype == "bfloat16" else f"{text}, {self.kv_dtype}"
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the keys and values of the sequences."""
-        return 2 * self.batch * self.context * self.kv_heads * self.head_dim * jnp.dtype(self.kv_dtype).itemsize
+        """Bytes of the keys and values of the sequences, shared ones once."""
+        keys = self.batch * (self.context - self.shared) + self.shared
+        return 2 * keys * self.kv_heads * self.head_dim * jnp.dtype(self.kv_dtype).itemsize
 
     @property
     def flops(self) -> float:
@@ -62,6 +66,8 @@ DECODE = (
     Shape(64, 1, 2048, kv_heads=32),
     Shape(64, 1, 2048, head_dim=64),
     Shape(64, 5, 2048),
+    Shape(64, 1, 4160, shared=4096),
+    Shape(256, 1, 2304, shared=2048),
     Shape(256, 1, 4096, kv_dtype="float8_e4m3fn"),
     Shape(64, 1, 2048, kv_dtype="float8_e4m3fn"),
 )
@@ -102,6 +108,7 @@ def paged_arguments(shape: Shape, seed: int) -> tuple:
     blocks = -(-shape.context // shape.block_size)
     ids = np.random.default_rng(seed).permutation(shape.batch * blocks) + 1
     tables = np.concatenate([np.zeros((1, blocks), np.int64), ids.reshape(shape.batch, blocks)]).astype(np.int32)
+    tables[1:, : shape.shared // shape.block_size] = tables[1, : shape.shared // shape.block_size]
     cache = (shape.batch * blocks + 1, shape.kv_heads, shape.block_size, shape.head_dim)
     q = normal((shape.batch * shape.q_len, shape.heads, shape.head_dim), seed=seed)
     metadata = (
@@ -127,9 +134,9 @@ def _planner(shape: Shape, decode: bool) -> Callable:
 def dense_cudnn(shape: Shape) -> Callable | None:
     """Of the same arguments: cuDNN's attention over contiguous keys, those of the cache in the order they lie in.
 
-    None where cuDNN has no such mask: causal with fewer queries than keys, but for one query.
+    None where cuDNN has no such mask (causal with fewer queries than keys, but for one query), or cannot share keys.
     """
-    if shape.q_len not in (1, shape.context) or shape.kv_dtype != "bfloat16":
+    if shape.q_len not in (1, shape.context) or shape.kv_dtype != "bfloat16" or shape.shared:
         return None
 
     def attend(q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, *_: jax.Array) -> jax.Array:
@@ -198,10 +205,16 @@ _SHORT_CONTEXT = 1024
 
 def _tuned() -> list[Tuned]:
     cases = {}
-    bf16 = [shape for shape in DECODE if shape.kv_dtype == "bfloat16"]
+    bf16 = [shape for shape in DECODE if shape.kv_dtype == "bfloat16" and not shape.shared]
     for shape in bf16:  # of cases that differ in the context alone the last one, with the longest
         static = DecodeShape(
-            shape.batch * shape.q_len, shape.heads, shape.kv_heads, shape.head_dim, shape.block_size, shape.q_len
+            shape.batch * shape.q_len,
+            shape.heads,
+            shape.kv_heads,
+            shape.head_dim,
+            shape.block_size,
+            shape.q_len,
+            finds_prefixes=shape.q_len == 1 and hopper.looks_for_prefixes(shape.head_dim, shape.batch, shape.kv_dtype),
         )
         exact, sizes = hopper.decode_case(static, shape.batch, shape.kv_dtype)
         fitting = [config for config in CANDIDATES if _fits(config, static)]

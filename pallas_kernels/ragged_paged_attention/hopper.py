@@ -36,6 +36,7 @@ DECODE_KERNEL = "decode_attention"
 # A sequence alone is cut into some thirty pieces, whose second kernel loads them at once; eight into five each.
 _LONE_SEQUENCES, _FEW_SEQUENCES = 2, 32
 _FEW_FP8_SEQUENCES, _SOME_FP8_SEQUENCES = 4, 16
+_MIN_SHARING_SEQUENCES = 8
 _F16_MAX = 65504.0
 _INTERPRETED_CTAS = 2  # the interpreter runs a thread for each of their warpgroups
 
@@ -140,6 +141,12 @@ def _decode_tokens(group: int, head_dim: int, dtype: DTypeLike, wanted: int) -> 
     return max(1, min(wanted, TILE_ROWS // (-(-group // 8) * 8)))
 
 
+def looks_for_prefixes(head_dim: int, num_seqs: int, dtype: DTypeLike) -> bool:
+    """Whether a step of num_seqs sequences with one token each, without a window, compares their block tables."""
+    spills = head_dim == 64 and is_fp8(dtype)  # three streams of a CTA leave no register for it
+    return num_seqs >= _MIN_SHARING_SEQUENCES and not spills
+
+
 def plan_hopper(
     metadata: Metadata,
     *,
@@ -164,7 +171,11 @@ def plan_hopper(
     config = decode_config(shape, metadata[1].shape[0], dtype)
     if interpret:
         config = dataclasses.replace(config, ctas=_INTERPRETED_CTAS)
-    shapes = [dataclasses.replace(shape, sliding_window=window) for window in sliding_windows]
+    may_share = decode_only and decode_tokens == 1 and looks_for_prefixes(head_dim, metadata[1].shape[0], dtype)
+    shapes = [
+        dataclasses.replace(shape, sliding_window=window, finds_prefixes=may_share and window is None)
+        for window in sliding_windows
+    ]
     prefill = None
     if not decode_only or decode_tokens < max_decode_tokens:
         prefill = plan_prefill(

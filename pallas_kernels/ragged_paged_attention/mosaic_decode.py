@@ -28,7 +28,7 @@ from pallas_kernels.mosaic import interpret_params
 from pallas_kernels.ragged_paged_attention.mosaic_decode_combine import combine
 from pallas_kernels.ragged_paged_attention.mosaic_decode_kernel import kernel
 from pallas_kernels.ragged_paged_attention.mosaic_decode_tile import LOG2E, Kernel
-from pallas_kernels.ragged_paged_attention.plan_decode import TILE_ROWS, DecodePlan, tiling
+from pallas_kernels.ragged_paged_attention.plan_decode import TILE_ROWS, DecodePlan, num_slots, tiling
 
 
 def decode_attention(
@@ -83,10 +83,11 @@ def _launch(static: Kernel, arguments: list[Any], has_sinks: bool) -> list[jax.A
     """Runs the kernel: [output, partial, lse]; see combine."""
     config, shape, tiles = static.config, static.shape, static.tiles
     q = arguments[3]
-    pieces = 2 * config.num_streams
+    pieces = num_slots(config, tiles, arguments[1].shape[0])
+    piece_rows = max(shape.max_q_len, tiles.sharing) * tiles.token_rows
     outputs = [
         jax.ShapeDtypeStruct(q.shape, q.dtype),
-        jax.ShapeDtypeStruct((pieces, shape.max_q_len * tiles.token_rows, shape.head_dim), jnp.float32),
+        jax.ShapeDtypeStruct((pieces, piece_rows, shape.head_dim), jnp.float32),
         jax.ShapeDtypeStruct((pieces, TILE_ROWS), jnp.float32),
     ]
     swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
@@ -101,6 +102,8 @@ def _launch(static: Kernel, arguments: list[Any], has_sinks: bool) -> list[jax.A
         "staged": plgpu.SMEM((config.streams, TILE_ROWS, min(config.staged, shape.head_dim)), jnp.float32),
     }
 
+    if tiles.sharing > 1:
+        scratch["prefix_barriers"] = plgpu.Barrier(num_arrivals=tiles.sharing, num_barriers=config.streams)
     if is_fp8(cache_dtype):
         scratch["converted"] = plgpu.SMEM((config.streams * config.converted, *tile), q.dtype, transforms=swizzled)
 

@@ -1,7 +1,9 @@
-"""Second kernel of the decode attention: combines the pieces of items that several streams worked on."""
+"""Second kernel of the decode attention: combines the pieces of items that several streams worked on, and those of an
+item and its prefix."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -36,14 +38,14 @@ def combine(
     zero_padding: bool,
     interpret: bool,
 ) -> None:
-    """Writes the rows of split items into the ref `out` [T, groups, token_rows, D].
+    """Writes the rows of items in pieces into the ref `out` [T, groups, token_rows, D].
 
     Args:
         plan: The step's plan.
         tiles: tiling(plan.config, plan.shape).
-        partial: f32[2 * num_streams, rows, D], normalised outputs of the pieces.
-        lse: f32[2 * num_streams, 64], log2 of their weights.
-        out: Ref that already has the items that were not split.
+        partial: f32[num_slots, rows, D], normalised outputs of the pieces.
+        lse: f32[num_slots, 64], log2 of their weights.
+        out: Ref that already has the other items.
         zero_padding: Write zeros for tokens of no sequence.
         interpret: Run by the CPU interpreter.
     """
@@ -71,7 +73,12 @@ def combine(
 def _kernel(unroll: int, tiles: Tiling, warpgroups: int, zero_padding: bool, pieces, partial, lse, out) -> None:
     place, group = lax.axis_index("place"), lax.axis_index("group")
     row = (lax.axis_index("chunk") * warpgroups + lax.axis_index("wg")) * _ROWS
-    first, count, item_row, token = (pieces[place, group, column] for column in Piece)
+    slot, count, item_row, token, *prefix = (pieces[place, group, column] for column in Piece)
+    own, prefixed = _Pieces(slot, count, item_row + row), None
+    is_split = count > 1
+    if tiles.sharing > 1:
+        prefixed = _Pieces(prefix[0], prefix[1], prefix[2] + row)
+        is_split = is_split | ((count > 0) & (prefixed.count > 0))
     target = out.at[token, group, pl.ds(row, _ROWS)]
     inside = row < tiles.token_rows
 
@@ -81,25 +88,47 @@ def _kernel(unroll: int, tiles: Tiling, warpgroups: int, zero_padding: bool, pie
         def _zero():
             target[...] = plgpu.layout_cast(jnp.zeros((_ROWS, out.shape[-1]), out.dtype), layout(out.shape[-1]))
 
-    @pl.when(inside & (count > 1))
+    @pl.when(inside & is_split)
     def _split():
-        result = _weighted_mean(unroll, first, count, item_row + row, partial, lse)
+        result = _weighted_mean(unroll, own, prefixed, partial, lse)
         target[...] = result.astype(out.dtype)
 
 
-def _weighted_mean(unroll: int, first: Any, count: Any, row: Any, partial: Any, lse: Any) -> jax.Array:
-    """f32[4, D]: rows [row, row + 4) of an item, from its pieces. The first piece is the second one of its stream."""
+@dataclasses.dataclass(frozen=True)
+class _Pieces:
+    """Of an item: slot of the first one, how many there are, and the first of the rows wanted. Traced scalars."""
+
+    slot: Any
+    count: Any
+    row: Any
+
+    def slot_of(self, index: Any) -> Any:
+        """A stream's slots are 2 i and 2 i + 1: an item's first piece is the last of its stream, the others the first
+        of theirs."""
+        return self.slot + jnp.where(index == 0, 0, 2 * index - 1)
+
+
+def _weighted_mean(unroll: int, own: _Pieces, prefix: _Pieces | None, partial: Any, lse: Any) -> jax.Array:
+    """f32[4, D]: four rows of an item, from its pieces and those of its prefix."""
     head_dim = partial.shape[-1]
     full = layout(head_dim)
     rows = full.reduce(1)
+    count = own.count if prefix is None else own.count + prefix.count
+
+    def place(index: Any) -> tuple[Any, Any]:
+        """Slot and first row of a piece."""
+        if prefix is None:
+            return own.slot_of(index), own.row
+        of_prefix = index >= own.count
+        slot = jnp.where(of_prefix, prefix.slot_of(index - own.count), own.slot_of(index))
+        return slot, jnp.where(of_prefix, prefix.row, own.row)
 
     def step(i: Any, carry: Any) -> Any:
         total, weight, maximum = carry
         values, logs = [], []
         for j in range(unroll):
             piece = i * unroll + j
-            index = jnp.minimum(piece, count - 1)
-            slot = 2 * (first + index) + jnp.where(index == 0, 1, 0)
+            slot, row = place(jnp.minimum(piece, count - 1))
             values.append(load(partial.at[slot, pl.ds(row, _ROWS)], full))
             log = load(lse.at[slot, pl.ds(row, _ROWS)], rows)
             logs.append(log + jnp.where(piece < count, 0.0, _NOTHING))

@@ -17,8 +17,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic import divide_registers, over_columns
 from pallas_kernels.ragged_paged_attention.mosaic_decode_fp8 import fp8_tile_step
-from pallas_kernels.ragged_paged_attention.mosaic_decode_tile import Item, Kernel, start, tile_step
-from pallas_kernels.ragged_paged_attention.plan_decode import Seq, Stream
+from pallas_kernels.ragged_paged_attention.mosaic_decode_tile import (
+    Item,
+    Kernel,
+    first_token,
+    is_prefix,
+    seen_by_first_token,
+    start,
+    tile_step,
+)
+from pallas_kernels.ragged_paged_attention.plan_decode import Seq, Stream, slot_of_whole
 
 _MANY_BOXES = 8  # of a tile: a warp that loads then needs more registers
 
@@ -68,11 +76,11 @@ def _for_each_item(static: Kernel, stream: Any, streams: Any, seqs: Any, body: C
     def step(_: Any, state: Any) -> Any:
         seq, group, first, done, fields = state
         wraps = group == static.tiles.groups - 1
-        next_seq = jnp.where(wraps, seq + 1, seq)
+        next_seq = jnp.where(wraps, fields[Seq.NEXT], seq)
         next_row = jnp.minimum(next_seq, seqs.shape[0] - 1)
         next_fields = tuple(seqs[next_row, field] for field in Seq)
         count = jnp.minimum(fields[Seq.TILES] - first, total - done)
-        item = Item(group, first, count, *fields)
+        item = Item(seq, group, first, count, *fields)
         pl.when(count > 0)(lambda: body(item, done))
         return next_seq, jnp.where(wraps, 0, group + 1), jnp.int32(0), done + count, next_fields
 
@@ -159,6 +167,7 @@ def _consume(
     empty: Any,
     staged: Any,
     converted: Any = None,
+    prefix_barriers: Any = None,
 ) -> None:
     """Attends to the tiles of the stream and writes an output or a piece for each item."""
     tiles, tokens = static.tiles, static.shape.max_q_len
@@ -166,12 +175,30 @@ def _consume(
     count = static.config.converted
     converted = () if converted is None else tuple(converted.at[index * count + i] for i in range(count))
 
+    def load_token(item: Item, i: Any, barrier: Any) -> None:
+        """Past the item's end another token, which is never written."""
+        token = jnp.minimum(first_token(static, item) + i, q_gmem.shape[0] - 1)
+        target = q_smem.at[pl.ds(i * tiles.token_rows, tiles.token_rows)]
+        plgpu.copy_gmem_to_smem(q_gmem.at[token, item.group], target, barrier)
+
     def load_queries(item: Item) -> None:
-        for i in range(tokens):  # past the sequence's end other tokens, which are never written
-            token = jnp.minimum(item.q_start + i, q_gmem.shape[0] - 1)
-            target = q_smem.at[pl.ds(i * tiles.token_rows, tiles.token_rows)]
-            plgpu.copy_gmem_to_smem(q_gmem.at[token, item.group], target, q_barriers.at[index])
-        plgpu.barrier_wait(q_barriers.at[index])
+        def load_one_each() -> None:
+            for i in range(tokens):
+                load_token(item, i, q_barriers.at[index])
+            plgpu.barrier_wait(q_barriers.at[index])
+
+        def load_prefix() -> None:
+            barrier = prefix_barriers.at[index]
+            # `sharing` times, but unrolled the addresses of all copies would stay in registers.
+            lax.fori_loop(0, item.q_len, lambda i, _: load_token(item, i, barrier), None)
+            plgpu.barrier_wait(barrier)
+
+        if tiles.sharing == 1:
+            load_one_each()
+            return
+        shares = is_prefix(item)
+        pl.when(shares)(load_prefix)
+        pl.when(jnp.logical_not(shares))(load_one_each)
 
     def attend(item: Item, done: Any) -> None:
         load_queries(item)
@@ -186,33 +213,50 @@ def _consume(
         unmasked = jnp.int32(0)
         carry = start(static, item, sinks)
         if static.skips_masks:
-            whole_tiles = (item.kv_len - item.q_len + 1) // tiles.tile_keys
+            seen = seen_by_first_token(static, item) - item.first_cell * tiles.cell
+            whole_tiles = seen // tiles.tile_keys
             unmasked = jnp.clip(whole_tiles - item.first, 0, item.count)
             carry = lax.fori_loop(0, unmasked, functools.partial(step, masked=False), carry)
         accumulator, maximum, total = lax.fori_loop(unmasked, item.count, functools.partial(step, masked=True), carry)
         accumulator = accumulator / over_columns(total, accumulator.shape)
 
-        @pl.when(item.whole)
+        writes_output = item.whole
+        slot = 2 * stream + jnp.where(item.first == 0, 1, 0)
+        if tiles.sharing > 1:
+            has_prefix = item.first_cell > 0
+            writes_output = writes_output & jnp.logical_not(has_prefix | is_prefix(item))
+            slot = jnp.where(item.whole, slot_of_whole(static.config, tiles, item.row, item.group), slot)
+
+        @pl.when(writes_output)
         def _finished():
             plgpu.commit_smem()  # every warp is done with the queries
             q_smem[...] = accumulator.astype(q_smem.dtype)
             plgpu.commit_smem()
             for i in range(tokens):
                 source = q_smem.at[pl.ds(i * tiles.token_rows, tiles.token_rows)]
-                target = out.at[jnp.minimum(item.q_start + i, out.shape[0] - 1), item.group]
-                pl.when(i < item.q_len)(lambda source=source, target=target: plgpu.copy_smem_to_gmem(source, target))
+                target = out.at[jnp.minimum(first_token(static, item) + i, out.shape[0] - 1), item.group]
+                write = functools.partial(plgpu.copy_smem_to_gmem, source, target)
+                pl.when(i < item.q_len)(write) if tokens > 1 else write()
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        @pl.when(jnp.logical_not(item.whole))
+        @pl.when(jnp.logical_not(writes_output))
         def _piece():
-            slot = 2 * stream + jnp.where(item.first == 0, 1, 0)
             lse[slot] = maximum + jnp.log2(total)
-            rows = pl.ds(0, tokens * tiles.token_rows)
             width = min(static.config.staged, static.shape.head_dim)
             for column in range(0, static.shape.head_dim, width):
+
+                def write(num_tokens: int, column: int = column) -> None:
+                    rows, columns = pl.ds(0, num_tokens * tiles.token_rows), pl.ds(column, width)
+                    plgpu.copy_smem_to_gmem(staged.at[rows], partial.at[slot, rows, columns])
+
                 staged[...] = accumulator[:, column : column + width]
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(staged.at[rows], partial.at[slot, :, pl.ds(column, width)])
+                if tiles.sharing == 1:
+                    write(tokens)
+                else:
+                    shares = is_prefix(item)
+                    pl.when(shares)(functools.partial(write, tiles.sharing))
+                    pl.when(jnp.logical_not(shares))(functools.partial(write, 1))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     _for_each_item(static, stream, streams, seqs, attend)

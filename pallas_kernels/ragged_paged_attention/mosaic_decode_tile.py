@@ -48,8 +48,10 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """What a stream does of one item: `count` tiles from tile `first` on. All are traced scalars."""
+    """What a stream does of one item: `count` tiles from tile `first` on, of row `row` of the plan's `seqs`. All are
+    traced scalars. With prefixes a warpgroup has no registers for what follows from the row."""
 
+    row: Any
     group: Any
     first: Any
     count: Any
@@ -59,10 +61,30 @@ class Item:
     q_start: Any
     q_len: Any
     table_row: Any
+    next_row: Any
 
     @property
     def whole(self) -> Any:
         return self.count == self.tiles
+
+
+def is_prefix(item: Item) -> Any:
+    """In a plan that finds prefixes."""
+    return item.q_len > 1
+
+
+def first_token(static: Kernel, item: Item) -> Any:
+    """The index of an item's first token."""
+    sharing = static.tiles.sharing
+    if sharing == 1:
+        return item.q_start
+    place = lax.rem(item.row, jnp.int32(1 + sharing))
+    return lax.div(item.row, jnp.int32(1 + sharing)) * sharing + jnp.maximum(place - 1, 0)
+
+
+def seen_by_first_token(static: Kernel, item: Item) -> Any:
+    """Keys that the first token of an item sees; the next one sees one more, but for prefixes, of which all see all."""
+    return item.kv_len if static.shape.max_q_len == 1 else item.kv_len - item.q_len + 1
 
 
 def start(static: Kernel, item: Item, sinks: Any) -> Carry:
@@ -71,8 +93,11 @@ def start(static: Kernel, item: Item, sinks: Any) -> Carry:
     maximum = plgpu.layout_cast(jnp.full((TILE_ROWS,), _MASKED, jnp.float32), rows)
     total = plgpu.layout_cast(jnp.zeros((TILE_ROWS,), jnp.float32), rows)
     if sinks is not None:
-        maximum = load(sinks.at[item.group], rows) + jnp.where(item.first == 0, 0.0, _MASKED)
-        total = total + jnp.where(item.first == 0, 1.0, 0.0)
+        counts = item.first == 0
+        if static.tiles.sharing > 1:  # with the sequence's own item
+            counts = counts & jnp.logical_not(is_prefix(item))
+        maximum = load(sinks.at[item.group], rows) + jnp.where(counts, 0.0, _MASKED)
+        total = total + jnp.where(counts, 1.0, 0.0)
     zeros = jnp.zeros((TILE_ROWS, static.shape.head_dim), jnp.float32)
     return plgpu.layout_cast(zeros, plgpu.Layout.WGMMA), maximum, total
 
@@ -161,7 +186,7 @@ def mask(static: Kernel, item: Item, first_key: Any, scores: jax.Array, *, maske
         return scores
     eighth = column // 8 * 8
     key = eighth // tiles.box_rows * tiles.cell + lax.rem(eighth, tiles.cell)
-    last = item.kv_len - item.q_len - first_key - lax.rem(column, 8)
+    last = seen_by_first_token(static, item) - 1 - first_key - lax.rem(column, 8)
     if static.shape.max_q_len > 1:
         of_row = plgpu.broadcasted_iota(jnp.int32, (TILE_ROWS,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
         last = last + lax.broadcast_in_dim(of_row // tiles.token_rows, scores.shape, [0])
@@ -175,7 +200,7 @@ def visible_keys(static: Kernel, item: Item) -> tuple[Any, Any]:
     """[begin, end): the keys that some row of the item sees."""
     begin = jnp.int32(0)
     if static.shape.sliding_window is not None:
-        begin = jnp.maximum(item.kv_len - item.q_len - (static.shape.sliding_window - 1), 0)
+        begin = jnp.maximum(seen_by_first_token(static, item) - static.shape.sliding_window, 0)
     return begin, item.kv_len
 
 

@@ -4,12 +4,18 @@ An item is one sequence and `heads` KV heads. Its keys come in tiles. The tiles 
 cut into as many nearly equal streams as there are warpgroups to work on them, wherever that cuts an item (stream-K,
 Osama et al., arXiv 2301.03598): there are no waves and no tail. An item that lies in one stream is finished there.
 The others leave a piece in each of their streams, and a second kernel combines those.
+
+Neighbouring sequences whose block tables begin with the same blocks, such as samples of one prompt, have these keys in
+an item of their own, a prefix, with the query tokens of all of them as rows: the keys are read once, and an item of one
+token would leave most rows of its wgmma empty. The sequences' own items begin behind the prefix. Hydragen (Juravsky et
+al., arXiv 2402.05099) and vLLM's cascade attention do so for one prefix of the whole batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +23,14 @@ import jax.numpy as jnp
 TILE_ROWS = 64
 """Rows (query tokens x query heads) of an item: the M of one wgmma."""
 
+MIN_SHARED_KEYS = 256
+"""Least length of a prefix. A sequence with a prefix pays for a piece of float32 that is written and read."""
+
 
 class Seq(enum.IntEnum):
-    """Columns of DecodePlan.seqs: tiles of an item, first cell that is read, keys, first token, tokens, table row."""
+    """Columns of DecodePlan.seqs: tiles of an item, first cell that is read, keys, first token, tokens (of a prefix as
+    many as may share it, some of which may be padding), table row; the row of `seqs` after this one, but for prefixes
+    of nothing."""
 
     TILES = 0
     FIRST_CELL = 1
@@ -27,6 +38,7 @@ class Seq(enum.IntEnum):
     Q_START = 3
     Q_LEN = 4
     TABLE_ROW = 5
+    NEXT = 6
 
 
 class Stream(enum.IntEnum):
@@ -41,13 +53,19 @@ class Stream(enum.IntEnum):
 
 
 class Piece(enum.IntEnum):
-    """Columns of DecodePlan.pieces: first stream of an item, its streams (-1: padding token, 0: nothing), the token's
-    first row in it, the token."""
+    """Columns of DecodePlan.pieces: slot of an item's first piece, its pieces (-1: padding token, 0: nothing), the
+    token's first row in it, the token; the same of its prefix, which has 0 pieces where there is none.
 
-    STREAM = 0
+    Pieces after the first one, of slot s, are in slots s + 1, s + 3, s + 5 and so on.
+    """
+
+    SLOT = 0
     COUNT = 1
     ROW = 2
     TOKEN = 3
+    PREFIX_SLOT = 4
+    PREFIX_COUNT = 5
+    PREFIX_ROW = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +109,8 @@ class DecodeShape:
         num_q_heads, num_kv_heads, head_dim, block_size: Of the model and its cache.
         max_q_len: Most query tokens that a sequence may have here.
         sliding_window: As in the API; sets which tiles are read.
+        finds_prefixes: Look for prefixes that neighbours share. Only where max_q_len is 1 and there is no window, and
+            token s is sequence s's.
     """
 
     num_tokens: int
@@ -100,6 +120,7 @@ class DecodeShape:
     block_size: int
     max_q_len: int = 1
     sliding_window: int | None = None
+    finds_prefixes: bool = False
 
     @property
     def group_size(self) -> int:
@@ -117,6 +138,7 @@ class Tiling:
         cell: Keys that one TMA brings: a block, or a part of one.
         parts: Cells of a block.
         boxes: TMA copies of a tile.
+        sharing: Neighbouring sequences that may share a prefix, as many as the rows of an item hold; 1: none.
         tile_keys: Keys of a tile.
     """
 
@@ -126,6 +148,7 @@ class Tiling:
     cell: int
     parts: int
     boxes: int
+    sharing: int
 
     @property
     def tile_keys(self) -> int:
@@ -145,6 +168,8 @@ def tiling(config: DecodeConfig, shape: DecodeShape) -> Tiling:
             f"{shape.max_q_len} tokens x {token_rows} rows are more than the {TILE_ROWS} of a tile: fewer heads than "
             f"{config.heads} to an item, or fewer tokens"
         )
+    if shape.finds_prefixes and (shape.max_q_len > 1 or shape.sliding_window is not None):
+        raise ValueError(f"{shape}: prefixes are shared by sequences of one token, without a window")
     return Tiling(
         groups=shape.num_kv_heads // config.heads,
         token_rows=token_rows,
@@ -152,7 +177,18 @@ def tiling(config: DecodeConfig, shape: DecodeShape) -> Tiling:
         cell=shape.block_size // parts,
         parts=parts,
         boxes=config.columns // box_rows,
+        sharing=TILE_ROWS // token_rows if shape.finds_prefixes else 1,
     )
+
+
+def num_slots(config: DecodeConfig, tiles: Tiling, num_rows: int) -> int:
+    """Slots of pieces: two for each stream, and with prefixes one for each item of a plan of num_rows `seqs`."""
+    return slot_of_whole(config, tiles, num_rows, 0) if tiles.sharing > 1 else 2 * config.num_streams
+
+
+def slot_of_whole(config: DecodeConfig, tiles: Tiling, row: Any, group: Any) -> Any:
+    """The slot of an item that lies in one stream, but has a prefix or is one."""
+    return 2 * config.num_streams + row * tiles.groups + group
 
 
 @jax.tree_util.register_dataclass
@@ -163,8 +199,9 @@ class DecodePlan:
     Attributes:
         block_tables: i32[N, B], as passed to plan_decode.
         streams: i32[num_streams, 16], columns Stream.
-        seqs: i32[S, 8], columns Seq.
-        pieces: i32[S * max_q_len, groups, 4], columns Piece: the item that a token is in. The i-th token of sequence s
+        seqs: i32[S, 8], columns Seq. With prefixes each `sharing` sequences follow a row for theirs, which has no
+            tiles where they share nothing; S is rounded up to a multiple of `sharing` then.
+        pieces: i32[S * max_q_len, groups, 8], columns Piece: the item that a token is in. The i-th token of sequence s
             is at s * max_q_len + i; places that no token takes have padding tokens, as long as there are any.
         config, shape: static.
     """
@@ -190,34 +227,97 @@ def plan_decode(
     The arrays are those of plan_attention. Sequences with more than shape.max_q_len tokens are left out: another
     kernel serves them. Work must stay below 2**31 / num_streams tiles for each stream, which any cache does.
     """
-    tiles_of = tiling(config, shape)
+    tiles = tiling(config, shape)
     q_lens = cu_q_lens[1:] - cu_q_lens[:-1]
     serves = (q_lens > 0) & (q_lens <= shape.max_q_len)
     first_key = jnp.zeros_like(kv_lens)
     if shape.sliding_window is not None:
         first_key = jnp.maximum(kv_lens - q_lens - (shape.sliding_window - 1), 0)
-    first_cell = first_key // tiles_of.cell
-    cells = (kv_lens + (tiles_of.cell - 1)) // tiles_of.cell - first_cell
-    seq_tiles = jnp.where(serves, (cells + (tiles_of.boxes - 1)) // tiles_of.boxes, 0)
-    ends = jnp.cumsum(seq_tiles * tiles_of.groups, dtype=jnp.int32)
-    begins = ends - seq_tiles * tiles_of.groups
-    seqs = _columns([seq_tiles, first_cell, kv_lens, cu_q_lens[:-1], q_lens, table_rows], 8)
+    num_seqs, q_starts, shared = serves.shape[0], cu_q_lens[:-1], None
+    if tiles.sharing > 1:
+        padding = (0, -num_seqs % tiles.sharing)
+        serves, q_starts, q_lens, kv_lens, table_rows = (
+            jnp.pad(x, padding) for x in (serves, q_starts, q_lens, kv_lens, table_rows)
+        )
+        shared = _shared_keys(block_tables[table_rows], serves, kv_lens, tiles, shape.block_size)
+        first_key = jnp.repeat(shared, tiles.sharing)
+    first_cell = first_key // tiles.cell
+    cells = (kv_lens + (tiles.cell - 1)) // tiles.cell - first_cell
+    seq_tiles = jnp.where(serves, (cells + (tiles.boxes - 1)) // tiles.boxes, 0)
+    seqs = [seq_tiles, first_cell, kv_lens, q_starts, q_lens, table_rows]
+    if shared is None:
+        next_row = jnp.arange(1, num_seqs + 1, dtype=jnp.int32)
+        seqs = _columns([*seqs, next_row], 8)
+    else:
+        seqs = _with_prefixes(seqs, shared, tiles)
+
+    ends = jnp.cumsum(seqs[:, Seq.TILES] * tiles.groups, dtype=jnp.int32)
+    begins = ends - seqs[:, Seq.TILES] * tiles.groups
     cut = _Cut(ends[-1], config)
+    of_items = _item_pieces(cut, seqs, begins, tiles)
+    if shared is None:
+        own, of_prefix = of_items, None
+    else:
+        of_items = of_items.reshape(-1, 1 + tiles.sharing, *of_items.shape[1:])
+        own = of_items[:, 1:].reshape(-1, *of_items.shape[2:])[:num_seqs]
+        of_prefix = jnp.repeat(of_items[:, 0], tiles.sharing, axis=0)[:num_seqs]
     return DecodePlan(
         block_tables=block_tables,
-        streams=_streams(cut, seqs, begins, ends, tiles_of.groups),
+        streams=_streams(cut, seqs, begins, ends, tiles),
         seqs=seqs,
-        pieces=_pieces(cut, cu_q_lens, serves, seq_tiles, begins, tiles_of, shape),
+        pieces=_pieces(own, of_prefix, cu_q_lens, serves[:num_seqs], tiles, shape),
         config=config,
         shape=shape,
     )
+
+
+def _shared_keys(tables: jax.Array, serves: jax.Array, kv_lens: jax.Array, tiles: Tiling, block_size: int) -> jax.Array:
+    """i32[S / sharing]: keys of whole tiles in the blocks with which the tables of these neighbours all begin, and
+    which all of them see whole; 0 where they are few, or only one sequence is served.
+
+    Args:
+        tables: i32[S, B].
+        serves: bool[S]; of `sharing` neighbours the first ones.
+        kv_lens: i32[S].
+        tiles: Of the step.
+        block_size: Tokens of a block.
+    """
+    tables = tables.reshape(-1, tiles.sharing, tables.shape[-1])
+    index = jnp.arange(tables.shape[-1], dtype=jnp.int32)
+    equal_blocks = jnp.where(tables != tables[:, :1], index, tables.shape[-1]).min(axis=2)
+    limit = (kv_lens - 1) // block_size  # at least one key is left for the sequence's own item
+    served = serves.reshape(equal_blocks.shape)
+    blocks = jnp.where(served, jnp.minimum(equal_blocks, limit.reshape(served.shape)), tables.shape[-1]).min(axis=1)
+    unit = max(tiles.tile_keys, block_size)
+    keys = blocks * block_size // unit * unit
+    return jnp.where((served.sum(axis=1) > 1) & (keys >= MIN_SHARED_KEYS), keys, 0)
+
+
+def _with_prefixes(columns: list[jax.Array], shared: jax.Array, tiles: Tiling) -> jax.Array:
+    """DecodePlan.seqs: a row for the prefix, of `shared` keys, before those of the sequences that may have it.
+
+    Args:
+        columns: Each i32[S], the sequences' first columns up to Seq.TABLE_ROW.
+        shared: i32[S / sharing], from _shared_keys.
+        tiles: Of the step.
+    """
+    members = [column.reshape(-1, tiles.sharing) for column in columns]
+    all_rows = jnp.full_like(shared, tiles.sharing)
+    first = [members[column][:, 0] for column in (Seq.Q_START, Seq.TABLE_ROW)]
+    prefix = [shared // tiles.tile_keys, jnp.zeros_like(shared), shared, first[0], all_rows, first[1]]
+    rows = [jnp.concatenate([p[:, None], m], axis=1) for p, m in zip(prefix, members, strict=True)]
+    row = jnp.arange(rows[0].size, dtype=jnp.int32).reshape(rows[0].shape)
+    is_last = jnp.arange(1 + tiles.sharing, dtype=jnp.int32) == tiles.sharing
+    next_is_empty = jnp.pad(shared[1:] == 0, (0, 1))
+    next_row = jnp.where(is_last & next_is_empty[:, None], row + 2, row + 1)
+    return _columns([*rows, next_row], 8).reshape(-1, 8)
 
 
 class _Cut:
     """`total` tiles in nearly equal shares: `rest` streams of `share` + 1, then streams of `share`, then idle ones."""
 
     def __init__(self, total: jax.Array, config: DecodeConfig) -> None:
-        self.total, self.num_streams = total, config.num_streams
+        self.total, self.config, self.num_streams = total, config, config.num_streams
         self.active = jnp.clip(total // config.min_tiles, 1, config.num_streams)
         self.share = total // self.active
         self.rest = total - self.share * self.active
@@ -241,7 +341,7 @@ def _columns(columns: list[jax.Array], width: int) -> jax.Array:
     return jnp.stack(columns + zeros, axis=-1)
 
 
-def _streams(cut: _Cut, seqs: jax.Array, begins: jax.Array, ends: jax.Array, groups: int) -> jax.Array:
+def _streams(cut: _Cut, seqs: jax.Array, begins: jax.Array, ends: jax.Array, tiles: Tiling) -> jax.Array:
     stream = jnp.arange(cut.num_streams, dtype=jnp.int32)
     begin, end = cut.begin(stream), cut.begin(stream + 1)
     last_row = jnp.int32(seqs.shape[0] - 1)
@@ -253,23 +353,46 @@ def _streams(cut: _Cut, seqs: jax.Array, begins: jax.Array, ends: jax.Array, gro
 
     seq, group, tile = item(begin)
     last_seq, last_group, _ = item(end - 1)
-    items = jnp.where(end > begin, (last_seq - seq) * groups + last_group - group + 1, 0)
+    passed = last_seq - seq
+    if tiles.sharing > 1:  # rows of prefixes of nothing are passed over
+        row = jnp.arange(seqs.shape[0], dtype=jnp.int32)
+        empty = (row % (1 + tiles.sharing) == 0) & (seqs[:, Seq.TILES] == 0)
+        between = (row > seq[:, None]) & (row < last_seq[:, None]) & empty
+        passed -= between.sum(axis=1, dtype=jnp.int32)
+    items = jnp.where(end > begin, passed * tiles.groups + last_group - group + 1, 0)
     return _columns([seq, group, tile, end - begin, items, *jnp.moveaxis(seqs[seq, : len(Seq)], 1, 0)], 16)
 
 
+def _item_pieces(cut: _Cut, seqs: jax.Array, begins: jax.Array, tiles: Tiling) -> jax.Array:
+    """i32[rows of seqs, groups, 2]: slot of an item's first piece and the number of its pieces."""
+    group = jnp.arange(tiles.groups, dtype=jnp.int32)
+    length = seqs[:, Seq.TILES, None]
+    begin = begins[:, None] + length * group
+    first, last = cut.stream(begin), cut.stream(begin + length - 1)
+    slot = 2 * first + 1
+    if tiles.sharing > 1:  # of an item without a prefix, which leaves no piece, it is not read
+        row = jnp.arange(len(seqs), dtype=jnp.int32)[:, None]
+        slot = jnp.where(last == first, slot_of_whole(cut.config, tiles, row, group), slot)
+    return jnp.stack([slot, jnp.where(length > 0, last - first + 1, 0)], axis=-1)
+
+
 def _pieces(
-    cut: _Cut,
+    own: jax.Array,
+    of_prefix: jax.Array | None,
     cu_q_lens: jax.Array,
     serves: jax.Array,
-    seq_tiles: jax.Array,
-    begins: jax.Array,
     tiles: Tiling,
     shape: DecodeShape,
 ) -> jax.Array:
-    begin = begins[:, None] + seq_tiles[:, None] * jnp.arange(tiles.groups, dtype=jnp.int32)
-    first = cut.stream(begin)
-    count = cut.stream(begin + seq_tiles[:, None] - 1) - first + 1
+    """DecodePlan.pieces.
 
+    Args:
+        own: i32[S, groups, 2], _item_pieces of the sequences.
+        of_prefix: The same of their prefixes; None: no prefixes.
+        cu_q_lens: i32[S + 1].
+        serves: bool[S].
+        tiles, shape: Of the step.
+    """
     index = jnp.arange(shape.max_q_len, dtype=jnp.int32)
     used = serves[:, None] & (index < (cu_q_lens[1:] - cu_q_lens[:-1])[:, None])
     place = jnp.arange(used.size, dtype=jnp.int32).reshape(used.shape)
@@ -280,6 +403,10 @@ def _pieces(
     def by_place(x: jax.Array) -> jax.Array:
         return jnp.broadcast_to(x, (*used.shape, tiles.groups)).reshape(-1, tiles.groups)
 
-    counts = jnp.where(used[..., None], count[:, None], unused[..., None])
+    counts = jnp.where(used[..., None], own[:, None, :, 1], unused[..., None])
     rows = (index * tiles.token_rows)[:, None]
-    return jnp.stack([by_place(x) for x in (first[:, None], counts, rows, token[..., None])], axis=-1)
+    columns = [by_place(x) for x in (own[:, None, :, 0], counts, rows, token[..., None])]
+    if of_prefix is not None:
+        sharer = jnp.arange(len(own), dtype=jnp.int32) % tiles.sharing
+        columns += [*jnp.moveaxis(of_prefix, -1, 0), by_place((sharer * tiles.token_rows)[:, None, None])]
+    return _columns(columns, 8)

@@ -154,7 +154,12 @@ def step_plan(batch: RaggedBatch, implementation: str, **options: Any) -> pallas
 
 
 def decode_plan(
-    batch: RaggedBatch, *, max_q_len: int = 1, sliding_window: int | None = None, **config: int
+    batch: RaggedBatch,
+    *,
+    max_q_len: int = 1,
+    sliding_window: int | None = None,
+    finds_prefixes: bool = False,
+    **config: int,
 ) -> DecodePlan:
     """The decode kernel's plan of the batch with a DecodeConfig of these fields."""
     num_tokens, num_q_heads, head_dim = batch.q.shape
@@ -166,6 +171,7 @@ def decode_plan(
         block_size=batch.k_cache.shape[2],
         max_q_len=max_q_len,
         sliding_window=sliding_window,
+        finds_prefixes=finds_prefixes,
     )
     make = functools.partial(plan_decode, shape=shape, config=DecodeConfig(**config))
     return jax.jit(make)(*map(jnp.asarray, batch.metadata))

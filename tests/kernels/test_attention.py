@@ -142,6 +142,27 @@ def test_few_tokens_and_sinks(implementation: str, decode_only: bool):
     check(batch, implementation, decode_only=decode_only, max_decode_tokens=3, sinks=sinks, sliding_window=100)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_shared_prefix(implementation: str, head_dim: int):
+    """Of ten sequences eight share 272 keys, and with all options the other two see their own only."""
+    batch = ragged_batch(
+        12,
+        [1] * 10,
+        [300, 273, 280, 290, 320, 400, 288, 289, 30, 270],
+        num_q_heads=8,
+        num_kv_heads=2,
+        head_dim=head_dim,
+        block_size=16,
+        dtype=dtype_for(implementation),
+        padding_seqs=1,
+        padding_tokens=1,
+        shared_blocks=17,
+    )
+    sinks = jnp.linspace(-2.0, 6.0, 8, dtype=jnp.float32)
+    check(batch, implementation, decode_only=True, sinks=sinks, soft_cap=20.0)
+
+
 @pytest.mark.parametrize("implementation", [IMPLEMENTATIONS[0], IMPLEMENTATIONS[2]])
 @pytest.mark.parametrize("seed", range(6))
 def test_random_batches(implementation: str, seed: int):

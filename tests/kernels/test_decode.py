@@ -14,13 +14,16 @@ import pytest
 
 from pallas_kernels.ragged_paged_attention import reference
 from pallas_kernels.ragged_paged_attention.plan_decode import (
+    MIN_SHARED_KEYS,
     DecodeConfig,
     DecodePlan,
     DecodeShape,
     Piece,
     Seq,
     Stream,
+    num_slots,
     plan_decode,
+    slot_of_whole,
     tiling,
 )
 from pallas_kernels.ragged_paged_attention.shapes import MODELS
@@ -174,6 +177,126 @@ def test_exact_weights_and_values(columns: int, interpret: bool):
         np.testing.assert_allclose(got, wanted, rtol=2.0**-8, atol=1e-6)
 
 
+# (blocks that sequences share with the one before), keys, query heads, KV heads, head dim, config
+PREFIXES = {
+    "all": ([0] + [20] * 9, list(range(330, 350, 2)), (8, 2, 64), {"heads": 2, "columns": 64, "stages": 3, "ctas": 3}),
+    "some": (
+        [0, 20, 17, 30, 4, 18, 18, 18, 18, 0, 30, 30],
+        [600, 350, 280, 500, 600, 300, 700, 300, 290, 40, 500, 490],
+        (16, 4, 64),
+        {"heads": 4, "stages": 2, "streams": 2, "ctas": 2},
+    ),
+    "uncut": ([0] + [16] * 3, [257, 260, 272, 290], (16, 4, 64), {"heads": 4, "stages": 2, "ctas": 1}),
+    "crumbs": (
+        [0] + [40] * 6,
+        [641] * 7,
+        (8, 2, 64),
+        {"heads": 2, "columns": 64, "stages": 3, "ctas": 13, "min_tiles": 1, "unroll": 8},
+    ),
+}
+
+
+def prefix_batch(seed: int, shared: list[int], kv_lens: list[int], heads: tuple[int, ...], **options: Any):
+    """A batch of one token a sequence, each of which begins with so many of the blocks of the one before."""
+    batch = batch_of_heads(seed, [1] * len(shared), kv_lens, heads, 16, poison=False, **options)
+    tables = batch.block_tables.copy()
+    for i, count in enumerate(shared):
+        if count:
+            tables[batch.table_rows[i], :count] = tables[batch.table_rows[i - 1], :count]
+    owned = np.zeros((batch.k_cache.shape[0], 16), bool)
+    for i, length in enumerate(kv_lens):
+        position = np.arange(length)
+        owned[tables[batch.table_rows[i]][position // 16], position % 16] = True
+    caches = {
+        name: jnp.where(owned[:, None, :, None], getattr(batch, name), jnp.nan).astype(batch.q.dtype)
+        for name in ("k_cache", "v_cache")
+    }
+    return dataclasses.replace(batch, block_tables=tables, **caches)
+
+
+@pytest.mark.parametrize("interpret", INTERPRET)
+@pytest.mark.parametrize("name", PREFIXES)
+def test_shared_prefixes(name: str, interpret: bool):
+    *arguments, config = PREFIXES[name]
+    batch = prefix_batch(10, *arguments, padding_seqs=3, padding_tokens=3)
+    plan = decode_plan(batch, finds_prefixes=True, **config)
+    assert (np.asarray(plan.pieces)[..., Piece.PREFIX_COUNT] > 0).any()
+    check(batch, plan, interpret=interpret)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_plan_finds_prefixes(seed: int):
+    """Neighbours' common blocks are read once, every other key by its own sequence; every piece has its slot."""
+    rng = np.random.default_rng(seed)
+    count = int(rng.integers(20, 60))
+    kv_lens = np.where(rng.random(count) < 0.95, rng.integers(300, 1500, count), 17).astype(np.int32)
+    tables, names = np.zeros((count + 3, 100), np.int32), iter(range(1, 100_000))
+    for row in range(count):
+        shared = int(rng.choice([0, 20, 60], p=[0.05, 0.25, 0.7])) if row else 0
+        tables[row] = [*tables[row - 1, :shared], *(next(names) for _ in range(100 - shared))]
+    padded = count + 3
+    kv_lens, cu_q_lens = np.pad(kv_lens, (0, 3)), np.minimum(np.arange(padded + 1), count).astype(np.int32)
+    config = DecodeConfig(heads=2 + 2 * (seed % 2), streams=1 + seed % 2, ctas=5 + 20 * seed, min_tiles=1 + seed)
+    shape = DecodeShape(padded, 32, 8, 128, 16, finds_prefixes=True)
+    tiles = tiling(config, shape)
+    make = functools.partial(plan_decode, shape=shape, config=config)
+    plan = jax.jit(make)(tables, np.arange(padded, dtype=np.int32), cu_q_lens, kv_lens)
+    seqs, pieces = np.asarray(plan.seqs), np.asarray(plan.pieces)
+    assert tiles.sharing == (8 if seed % 2 == 0 else 4)
+
+    served: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for number, stream in enumerate(np.asarray(plan.streams)):
+        seq, group, tile, left = stream[: Stream.ITEMS]
+        for _ in range(stream[Stream.ITEMS]):
+            tiles_here = min(seqs[seq, Seq.TILES] - tile, left)
+            whole = tiles_here == seqs[seq, Seq.TILES]
+            if tiles_here:
+                in_pieces = seq % (1 + tiles.sharing) == 0 or seqs[seq, Seq.FIRST_CELL] > 0
+                slot = 2 * number + (tile == 0)
+                if whole:
+                    slot = slot_of_whole(config, tiles, seq, group) if in_pieces else 0
+                served.setdefault((seq, group), []).append((slot, tiles_here))
+            left, tile = left - tiles_here, 0
+            seq, group = (seqs[seq, Seq.NEXT], 0) if group == tiles.groups - 1 else (seq, group + 1)
+        assert left == 0
+    slots = [slot for parts in served.values() for slot, _ in parts if slot]
+    assert len(set(slots)) == len(slots)
+    assert max(slots, default=0) < num_slots(config, tiles, len(seqs))
+    for (seq, _), parts in served.items():
+        assert sum(length for _, length in parts) == seqs[seq, Seq.TILES]
+
+    shared_some = False
+    for first in range(0, count, tiles.sharing):
+        neighbours = range(first, min(first + tiles.sharing, count))
+        common = 0
+        while len(neighbours) > 1 and len({int(tables[s, common]) for s in neighbours}) == 1:
+            common += 1
+        keys = (
+            min(common * 16, min((kv_lens[s] - 1) // 16 * 16 for s in neighbours)) // tiles.tile_keys * tiles.tile_keys
+        )
+        keys = keys if keys >= MIN_SHARED_KEYS else 0
+        prefix = first // tiles.sharing * (1 + tiles.sharing)
+        assert seqs[prefix, Seq.TILES] * tiles.tile_keys == keys
+        shared_some |= keys > 0
+        for i, s in enumerate(neighbours):
+            row = prefix + 1 + i
+            assert seqs[row, Seq.FIRST_CELL] * tiles.cell == keys
+            assert seqs[row, Seq.TILES] == -(-(kv_lens[s] - keys) // tiles.tile_keys)
+            for group in range(tiles.groups):
+                piece = pieces[s, group]
+                for of, slot, number in (
+                    (row, piece[Piece.SLOT], piece[Piece.COUNT]),
+                    (prefix, piece[Piece.PREFIX_SLOT], piece[Piece.PREFIX_COUNT]),
+                ):
+                    parts = served.get((of, group), [])
+                    assert number == len(parts)
+                    if number > 1 or (number and keys):
+                        assert [slot, *(slot + 2 * j - 1 for j in range(1, number))] == [part for part, _ in parts]
+                assert piece[Piece.PREFIX_ROW] == i * tiles.token_rows and piece[Piece.TOKEN] == s
+    assert shared_some
+    np.testing.assert_array_equal(pieces[count:, 0, Piece.COUNT], -1)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_plan_covers_every_tile_once(seed: int):
     rng = np.random.default_rng(seed)
@@ -204,7 +327,8 @@ def test_plan_covers_every_tile_once(seed: int):
         assert sum(count for _, _, count in parts) == seqs[seq, Seq.TILES]
         for i in range(q_lens[seq]):
             piece = pieces[seq * shape.max_q_len + i, group]
-            assert piece[Piece.COUNT] == len(parts) and piece[Piece.STREAM] == parts[0][0]
+            assert piece[Piece.COUNT] == len(parts)
+            assert len(parts) == 1 or piece[Piece.SLOT] == 2 * parts[0][0] + 1
             assert piece[Piece.ROW] == i * tiles.token_rows and piece[Piece.TOKEN] == cu_q_lens[seq] + i
     padding = pieces[pieces[:, 0, Piece.COUNT] == -1]
     np.testing.assert_array_equal(padding[:, 0, Piece.TOKEN], np.arange(cu_q_lens[-1], shape.num_tokens))

@@ -15,6 +15,7 @@ import pallas_kernels
 from pallas_kernels.implementation import XLA
 from pallas_kernels.kv_scales import FP8, scaled_heads
 from pallas_kernels.ragged_paged_attention import reference
+from pallas_kernels.ragged_paged_attention.plan_decode import Seq
 from tests.kernels.cases import (
     IMPLEMENTATIONS,
     INTERPRET,
@@ -83,6 +84,16 @@ def test_decode_kernel_window_and_tokens(interpret: bool):
     batch = make_batch(2, [1, 3], [150, 170], (8, 2, 64), 16, dtype="float16")
     config = {"heads": 2, "columns": 64, "stages": 2, "ctas": 3, "converted": 2}
     check_decode(batch, decode_plan(batch, max_q_len=3, sliding_window=70, **config), interpret=interpret)
+
+
+@pytest.mark.parametrize("interpret", INTERPRET)
+def test_decode_kernel_shares_prefixes(interpret: bool):
+    kv_lens = [300, 273, 280, 290, 320, 400, 288, 289, 30]
+    batch = make_batch(5, [1] * 9, kv_lens, (8, 2, 128), 16, dtype="float16", shared_blocks=17)
+    config = {"heads": 2, "columns": 64, "stages": 2, "streams": 2, "ctas": 2}
+    plan = decode_plan(batch, finds_prefixes=True, **config)
+    assert plan.seqs[0, Seq.TILES] > 0
+    check_decode(batch, plan, interpret=interpret)
 
 
 PREFILL = {
