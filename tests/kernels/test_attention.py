@@ -145,11 +145,11 @@ def test_few_tokens_and_sinks(implementation: str, decode_only: bool):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_shared_prefix(implementation: str, head_dim: int):
-    """Of ten sequences eight share 272 keys, and with all options the other two see their own only."""
+    """The first eight sequences share 272 keys; the other seven are too short to."""
     batch = ragged_batch(
         12,
-        [1] * 10,
-        [300, 273, 280, 290, 320, 400, 288, 289, 30, 270],
+        [1] * 15,
+        [300, 273, 280, 290, 320, 400, 288, 289, 30, 270, 1, 16, 17, 2, 3],
         num_q_heads=8,
         num_kv_heads=2,
         head_dim=head_dim,
