@@ -64,6 +64,9 @@ def plan_attention(
     includes this step's tokens. Padding sequences come last and have no tokens and kv_len 0. Tokens from cu_q_lens[S]
     on are padding.
 
+    Sequences whose block tables begin with the same ids share these keys. On Hopper a decode_only step of one token a
+    sequence reads them once for several neighbours (see plan_decode); the result is the same up to rounding.
+
     Args:
         block_tables: i32[N, B], block ids of each persistent row, in order of position.
         table_rows: i32[S], the row of block_tables of each sequence.
