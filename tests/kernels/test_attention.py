@@ -64,7 +64,7 @@ def dtype_for(implementation: str) -> str:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     ("block_size", "num_q_heads", "num_kv_heads", "head_dim"),
-    [(16, 8, 2, 64), (64, 6, 2, 128), (128, 2, 2, 128), (32, 2, 1, 256)],
+    [(16, 8, 2, 64), (64, 6, 2, 128), (32, 2, 1, 256)],
 )
 def test_mixed_batch(implementation: str, block_size: int, num_q_heads: int, num_kv_heads: int, head_dim: int):
     batch = ragged_batch(
@@ -143,8 +143,7 @@ def test_few_tokens_and_sinks(implementation: str, decode_only: bool):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_shared_prefix(implementation: str, head_dim: int):
+def test_shared_prefix(implementation: str):
     """The first eight sequences share 272 keys; the other seven are too short to."""
     batch = ragged_batch(
         12,
@@ -152,7 +151,7 @@ def test_shared_prefix(implementation: str, head_dim: int):
         [300, 273, 280, 290, 320, 400, 288, 289, 30, 270, 1, 16, 17, 2, 3],
         num_q_heads=8,
         num_kv_heads=2,
-        head_dim=head_dim,
+        head_dim=64,
         block_size=16,
         dtype=dtype_for(implementation),
         padding_seqs=1,

@@ -28,7 +28,6 @@ DECODES = {
     "batch": [
         ("llama3_8b", 16, 64, 1, None, {}, {"heads": 8, "stages": 6}, False),
         ("llama3_8b", 16, 64, 1, None, {}, {"heads": 4, "columns": 64, "stages": 5, "streams": 2}, True),
-        ("llama2_7b", 16, 64, 1, None, {}, {"heads": 8, "stages": 6}, False),
         ("qwen2_7b", 32, 64, 1, None, {}, {"heads": 4, "stages": 6}, False),
     ],
     "window": [

@@ -45,7 +45,6 @@ ATTENTION = {
     ],
     "128": [
         ("llama3_8b", 16, 64, 64, 1, ALL),
-        ("llama3_8b", 16, 1, 1, 1, {}),
         ("llama3_8b", 16, 2048, 64, 1, {}),
         ("llama3_8b", 16, 320, 64, 5, ALL),
         ("llama2_7b", 128, 64, 64, 1, {}),
@@ -59,9 +58,8 @@ ATTENTION = {
     "256": [
         ("gemma2_9b", 16, 64, 64, 1, ALL),
         ("gemma2_9b", 16, 1, 1, 1, {}),
-        ("gemma2_9b", 16, 2048, 64, 1, {}),
         ("gemma2_9b", 16, 320, 64, 5, ALL),
-        ("gemma2_9b", 64, 2048, 64, 1, ALL),
+        ("gemma2_9b", 64, 2048, 64, 1, {}),
     ],
 }
 NUM_BLOCKS = 20011
@@ -175,7 +173,6 @@ FP8_ATTENTION = {
         ("llama3_8b", 16, 8, 8, 1, {}),
         ("llama3_8b", 16, 1, 1, 1, {}),
         ("llama3_8b", 16, 2048, 64, 1, {}),
-        ("qwen2_7b", 32, 2048, 8, 1, {}),
         ("llama2_7b", 128, 64, 64, 1, {}),
         ("llama3_1b", 16, 64, 64, 1, {}),
         ("llama3_1b", 16, 2, 2, 1, {}),
@@ -199,7 +196,7 @@ def test_fp8_attention(name: str):
     ("call", "count"),
     [
         ("kv_write(8, 128, 16, 64)\nkv_write(32, 256, 64, 8192)\nkv_write(8, 128, 16, 64, jnp.float8_e4m3fn)", 3),
-        ("truncation(64, 128256)\ntruncation(8, 50257)", 2),
+        ("truncation(8, 50257)", 1),
     ],
     ids=["kv_write", "truncation"],
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from pallas_kernels.ragged_paged_attention.shapes import MODELS
 from tests.kernels.test_hopper_compile import check, pytestmark, report  # noqa: F401
 
@@ -27,30 +25,17 @@ def prefill(heads, kv_heads, head_dim, block_size, num_tokens, num_seqs, config,
 WINDOW_AND_CAP = {"sliding_window": 1024, "soft_cap": 30.0, "sinks": True}
 TWO_HEADS = {"tile_tokens": 64, "tile_keys": 64, "stages": 4}
 THREE = {"warpgroups": 3, "tile_tokens": 192, "tile_keys": 64, "stages": 3, "registers": (160, 32)}
-# (model, block size, tokens, sequences, config, options)
-PREFILLS = {
-    "llama3": [
-        ("llama3_8b", 16, 8192, 1, {}, {}),
-        ("llama3_8b", 16, 2048, 64, {}, {}),
-        ("llama3_8b", 64, 2048, 64, TWO_HEADS, {}),
-        ("llama3_8b", 16, 2048, 64, {"tile_tokens": 32}, {}),
-        ("llama3_8b", 16, 2048, 64, THREE, {}),
-    ],
-    "options": [
-        ("llama3_8b", 16, 2048, 64, {}, WINDOW_AND_CAP),
-        ("llama3_8b", 16, 2048, 64, TWO_HEADS, WINDOW_AND_CAP),
-        ("llama3_1b", 16, 2048, 64, {}, WINDOW_AND_CAP),
-    ],
-    "models": [
-        ("llama2_7b", 128, 2048, 64, {}, {}),
-        ("qwen2_7b", 32, 2048, 64, {}, {"dtype": "float16"}),
-        ("llama3_1b", 16, 2048, 64, {}, {}),
-        ("gemma2_9b", 16, 2048, 64, {"tile_keys": 64}, {}),
-    ],
-}
+# (model, block size, tokens, sequences, config, options): what test_hopper_compile.py does not compile, which has the
+# default configuration with each head dim and all options.
+PREFILLS = [
+    ("llama3_8b", 16, 2048, 64, TWO_HEADS, WINDOW_AND_CAP),
+    ("llama3_8b", 16, 2048, 64, {"tile_tokens": 32}, {}),
+    ("llama3_8b", 16, 2048, 64, THREE, {}),
+    ("llama2_7b", 128, 2048, 64, {}, {}),
+    ("qwen2_7b", 32, 2048, 64, {}, {"dtype": "float16"}),
+]
 
 
-@pytest.mark.parametrize("name", PREFILLS)
-def test_prefill(name: str):
-    calls = [f"prefill(*{(*MODELS[model], *rest)})" for model, *rest in PREFILLS[name]]
+def test_prefill():
+    calls = [f"prefill(*{(*MODELS[model], *rest)})" for model, *rest in PREFILLS]
     check(report("\n".join([PROGRAM, *calls])), len(calls))

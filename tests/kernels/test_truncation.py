@@ -58,9 +58,8 @@ def check(implementation: str, logits: np.ndarray, options: list[tuple[int, floa
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("vocab", [128, 1283])
-def test_kept_set(implementation: str, vocab: int):
-    logits = np.random.default_rng(vocab).normal(0, 3, (len(OPTIONS), vocab)).astype(np.float32)
+def test_kept_set(implementation: str):
+    logits = np.random.default_rng(1283).normal(0, 3, (len(OPTIONS), 1283)).astype(np.float32)
     check(implementation, logits, OPTIONS)
 
 
