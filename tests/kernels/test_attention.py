@@ -19,6 +19,7 @@ from tests.kernels.cases import (
     RaggedBatch,
     assert_no_races,
     assert_tokens_close,
+    batch_of_heads,
     on_gpu,
     ragged_batch,
     step_plan,
@@ -145,19 +146,9 @@ def test_few_tokens_and_sinks(implementation: str, decode_only: bool):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_shared_prefix(implementation: str):
     """The first eight sequences share 272 keys; the other seven are too short to."""
-    batch = ragged_batch(
-        12,
-        [1] * 15,
-        [300, 273, 280, 290, 320, 400, 288, 289, 30, 270, 1, 16, 17, 2, 3],
-        num_q_heads=8,
-        num_kv_heads=2,
-        head_dim=64,
-        block_size=16,
-        dtype=dtype_for(implementation),
-        padding_seqs=1,
-        padding_tokens=1,
-        shared_blocks=17,
-    )
+    kv_lens = [300, 273, 280, 290, 320, 400, 288, 289, 30, 270, 1, 16, 17, 2, 3]
+    options = {"dtype": dtype_for(implementation), "padding_seqs": 1, "padding_tokens": 1, "shared_blocks": 17}
+    batch = batch_of_heads(12, [1] * 15, kv_lens, (8, 2, 64), 16, **options)
     sinks = jnp.linspace(-2.0, 6.0, 8, dtype=jnp.float32)
     check(batch, implementation, decode_only=True, sinks=sinks, soft_cap=20.0)
 
