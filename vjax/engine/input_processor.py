@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import copy
 import random
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
+
+import numpy as np
 
 from vjax.config.engine_config import EngineConfig
 from vjax.config.pooler import Pooling
@@ -290,12 +293,16 @@ class InputProcessor:
         ids = list(value)
         if not ids:
             raise _empty(value)
-        if set(map(type, ids)) != {int}:
+        if list(map(type, ids)).count(int) < len(ids):
             ids = [_integer(i) for i in ids]
         return self._in_vocabulary(ids)
 
     def _in_vocabulary(self, ids: list[int]) -> list[int]:
-        if min(ids) < 0 or max(ids) >= self._vocab_size:
+        try:  # A third of the time of min and max of a long list.
+            array = np.frombuffer(struct.pack(f"{len(ids)}q", *ids), np.int64)
+        except struct.error:  # more than 64 bits
+            array = np.array([-1])
+        if array.min() < 0 or array.max() >= self._vocab_size:
             raise self._out_of_vocabulary("prompt_token_ids", ids)
         return ids
 

@@ -70,11 +70,20 @@ class BlockPool:
         A block that loses its last holder goes to the back of the free list if it has a hash (least recently used is
         evicted first), else to the front (its content is worthless, and its memory was used last).
         """
+        following, before, hashes, ref_count = self._next, self._prev, self._hash, self._ref_count
         for block in block_ids:
-            assert self._ref_count[block] > 0, f"block {block} is freed and has no holder"
-            self._ref_count[block] -= 1
-            if self._ref_count[block] == 0:
-                self._link_after(NULL_BLOCK if self._hash[block] is None else self._prev[NULL_BLOCK], block)
+            count = ref_count[block]
+            assert count > 0, f"block {block} is freed and has no holder"
+            ref_count[block] = count - 1
+            if count > 1:
+                continue
+            if hashes[block] is None:
+                left, right = NULL_BLOCK, following[NULL_BLOCK]
+            else:
+                left, right = before[NULL_BLOCK], NULL_BLOCK
+            following[left] = before[right] = block
+            before[block], following[block] = left, right
+            self.num_free += 1
 
     def num_unheld(self, block_ids: Iterable[int]) -> int:
         """How many of the blocks are on the free list: `touch` would take these from `num_free`."""
@@ -143,10 +152,3 @@ class BlockPool:
         self._next[before] = after
         self._prev[after] = before
         self.num_free -= 1
-
-    def _link_after(self, before: int, block: int) -> None:
-        after = self._next[before]
-        self._next[before] = self._prev[after] = block
-        self._prev[block] = before
-        self._next[block] = after
-        self.num_free += 1

@@ -9,6 +9,7 @@ padding. Floats travel bit-cast.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -150,7 +151,8 @@ class PackedLayout:
         cu = buf[self._cu : self._tokens]
         cu[: num_seqs + 1] = [0, *accumulate(s.num_scheduled_tokens)]
         cu[num_seqs + 1 :] = num_tokens
-        buf[self._tokens : self._tokens + num_tokens] = s.token_ids
+        # Half as long as numpy's assignment of a list.
+        struct.pack_into(f"{num_tokens}i", buf.data, buf.itemsize * self._tokens, *s.token_ids)
         if num_updates:
             _fill_updates(buf[self._updates : self._records], self.max_block_updates, s, slice(0, num_updates))
         if num_records:
