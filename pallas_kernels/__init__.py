@@ -10,6 +10,7 @@ from pallas_kernels.implementation import IMPLEMENTATIONS, default_implementatio
 from pallas_kernels.kv_write.api import write_kv
 from pallas_kernels.kv_write.rope import rope_write_kv
 from pallas_kernels.matmul.api import gated_matmul, matmul
+from pallas_kernels.matmul.xla import product_options
 from pallas_kernels.ragged_paged_attention.api import ragged_paged_attention
 from pallas_kernels.ragged_paged_attention.plan import AttentionPlan, plan_attention
 from pallas_kernels.sampling_truncation.api import truncate_logits
@@ -24,6 +25,7 @@ __all__ = [
     "matmul",
     "padded_head_dim",
     "plan_attention",
+    "product_options",
     "ragged_paged_attention",
     "rope_write_kv",
     "truncate_logits",

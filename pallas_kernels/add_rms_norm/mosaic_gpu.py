@@ -79,6 +79,7 @@ def add_rms_norm(
     x: jax.Array,
     delta: jax.Array,
     weight: jax.Array,
+    layer: jax.Array | None = None,
     *,
     eps: float,
     interpret: bool,
@@ -115,7 +116,8 @@ def add_rms_norm(
         interpret=interpret_params(interpret),
         kernel_name="add_rms_norm",
     )
-    total, normed = kernel(x.reshape(out.shape), delta.reshape(out.shape), weight.reshape(pieces))
+    row = jnp.zeros(1, jnp.int32) if layer is None else layer.reshape(1)
+    total, normed = kernel(x.reshape(out.shape), delta.reshape(out.shape), weight.reshape(-1, *pieces), row)
     return total.reshape(x.shape), normed.reshape(x.shape)
 
 
@@ -161,6 +163,7 @@ def _kernel(
     x: Any,
     delta: Any,
     weight: Any,
+    row: Any,
     total_out: Any,
     normed_out: Any,
     partials: Any,
@@ -173,7 +176,7 @@ def _kernel(
     layout = piece.layout
     tokens = [lax.min(first + j, num_tokens - 1) for j in range(config.tokens)]
     loaded = [(load(x.at[token, rows], layout), load(delta.at[token, rows], layout)) for token in tokens]
-    scale = load(weight.at[rows], layout)
+    scale = load(weight.at[row[0], rows], layout)
     totals = [a + b for a, b in loaded]
     for j, total in enumerate(totals):
         wide = total.astype(jnp.float32)

@@ -34,6 +34,8 @@ class Timed:
     """First state of a chained case."""
     kernels: Sequence[str] = ("",)
     """Parts of the names of the kernels that count where the device times each; all of them by default."""
+    compiler_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """For XLA."""
 
 
 @dataclasses.dataclass(frozen=True)

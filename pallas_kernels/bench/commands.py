@@ -115,10 +115,16 @@ def _seconds(function: Callable, inputs: list[tuple], kernels: Sequence[str] = (
 def _time(case: Timed, function: Callable, inputs: list[tuple] | None = None) -> float:
     inputs = inputs or _inputs(case)
     if case.state is None:
-        return _seconds(
-            function if isinstance(function, jax.stages.Compiled) else jax.jit(function), inputs, case.kernels
-        )
+        return _seconds(function if _is_compiled(function) else _compiled(case, function, inputs), inputs, case.kernels)
     return chained_device_seconds(function, case.state(), inputs[0])
+
+
+def _is_compiled(function: Callable) -> bool:
+    return isinstance(function, jax.stages.Compiled)
+
+
+def _compiled(case: Timed, function: Callable, inputs: list[tuple]) -> Callable:
+    return jax.jit(function).lower(*inputs[0]).compile(compiler_options=dict(case.compiler_options))
 
 
 def _inputs(case: Timed) -> list[tuple]:
@@ -128,10 +134,12 @@ def _inputs(case: Timed) -> list[tuple]:
 def _times(candidates: list[Timed]) -> list[float | str]:
     """Of the column "config" of cases that differ in nothing else; compiled at the same time, run one by one."""
     inputs = _inputs(candidates[0])
-    functions = [jax.jit(case.columns["config"]) for case in candidates]
+    functions = [case.columns["config"] for case in candidates]
     with ThreadPoolExecutor(_COMPILE_THREADS) as pool:
         if candidates[0].state is None:  # a chain is compiled where it is timed
-            functions = list(pool.map(lambda f: _attempt(lambda: f.lower(*inputs[0]).compile()), functions))
+            functions = list(
+                pool.map(lambda c: _attempt(lambda: _compiled(c, c.columns["config"], inputs)), candidates)
+            )
     return [
         function if isinstance(function, str) else _attempt(lambda c=case, f=function: _time(c, f, inputs))
         for case, function in zip(candidates, functions, strict=True)

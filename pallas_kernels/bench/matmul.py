@@ -28,7 +28,15 @@ def _timed_case(gated: bool, name: str, rows: int, columns: dict[str, Callable])
     arguments = functools.partial(_arguments, rows, depth, width, gated)
     halves = 1 + gated
     read, flops = 2 * (rows * depth + halves * depth * width), 2 * halves * rows * depth * width
-    return Timed(f"{name}, {rows} rows", columns, arguments, read, flops=flops, ceiling="matmul")
+    return Timed(
+        f"{name}, {rows} rows",
+        columns,
+        arguments,
+        read,
+        flops=flops,
+        ceiling="matmul",
+        compiler_options=xla.product_options(rows),
+    )
 
 
 def _timed(gated: bool) -> list[Timed]:

@@ -143,7 +143,7 @@ def _decode_tokens(group: int, head_dim: int, dtype: DTypeLike, wanted: int) -> 
 
 def looks_for_prefixes(head_dim: int, num_seqs: int, dtype: DTypeLike) -> bool:
     """Whether a step of num_seqs sequences with one token each, without a window, compares their block tables."""
-    # What an H200 has run: prefixes of 16-bit caches. With fp8 three streams of a CTA, at head dim 64, spill registers.
+    # What was measured: 16-bit caches. With fp8 three streams of a CTA, at head dim 64, spill registers.
     return num_seqs >= _MIN_SHARING_SEQUENCES and head_dim <= 128 and not is_fp8(dtype)
 
 

@@ -31,7 +31,7 @@ from vjax.runner.executables import Executables, Exported
 from vjax.runner.exported import StepDescription
 from vjax.runner.kernels import kernels_of
 from vjax.runner.lowered import LoweredPrograms
-from vjax.runner.programs import SampleBucket, lower, make_program
+from vjax.runner.programs import OpeningBucket, SampleBucket, lower, make_program
 from vjax.runner.step import Step, StepGeometry
 from vjax.sample.sampler import Variant
 
@@ -70,6 +70,7 @@ NUM_BLOCKS = {8: 50000, 32: 12500}
 
 DECODE = ForwardBucket(256, 256, True)
 SMALL_DECODE = ForwardBucket(1, 1, True)
+OPENING = OpeningBucket(ForwardBucket(128, 64, False, opening=1))
 
 
 def run(dump_folder: Path) -> dict[str, Any]:
@@ -148,7 +149,8 @@ def inspect(of: Executables, key: Any, dump_folder: Path, exported: Exported | N
     started = time.perf_counter()
     compiled = of.compile(key, exported)
     seconds = time.perf_counter() - started
-    memory, kv, rows = compiled.memory_analysis(), of.step.kv_specs(), of.step.row_specs()
+    memory, kv = compiled.memory_analysis(), of.step.kv_specs()
+    program = make_program(of.step, key, of.mesh)
     return {
         "name": getattr(key, "name", key),
         "seconds": round(seconds, 1),
@@ -158,7 +160,7 @@ def inspect(of: Executables, key: Any, dump_folder: Path, exported: Exported | N
         "additions_in_products": compiled.as_text().count('"beta":1'),
         "temporary_bytes": memory.temp_size_in_bytes,
         "aliased_bytes": memory.alias_size_in_bytes,
-        "donated_bytes": _num_bytes((kv, rows) if isinstance(key, ForwardBucket) else rows),
+        "donated_bytes": _num_bytes([program.arguments[i] for i in program.donated]),
         "cache_array_bytes": _num_bytes(kv[0][0]),
     }
 
@@ -208,6 +210,8 @@ def main() -> None:
         SMALL_DECODE,
         DECODE,
         ForwardBucket(8192, 64, False),
+        OPENING,
+        OPENING.forward,
         SampleBucket(8, Variant.GREEDY),
         SampleBucket(256, Variant.FULL),
         "write_rows",

@@ -10,7 +10,16 @@ import pytest
 from pallas_kernels.implementation import mosaic_unavailable_reason
 from tests.deviceless.compile_step import run
 
-STEP = ("decode[1]", "decode[256]", "mixed[8192, 64 sequences]", "sample_greedy[8]", "sample_full[256]")
+MIXED = "mixed[128, 64 sequences]"
+STEP = (
+    "decode[1]",
+    "decode[256]",
+    "mixed[8192, 64 sequences]",
+    f"opening_{MIXED}",
+    MIXED,
+    "sample_greedy[8]",
+    "sample_full[256]",
+)
 UPDATES = ("write_rows", "write_masked_ids")
 
 

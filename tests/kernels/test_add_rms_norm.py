@@ -54,6 +54,16 @@ def test_against_definition(implementation: str, num_tokens: int, size: int, dty
         assert_no_races()
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_row_of_the_weights_of_all_layers(implementation: str):
+    x, delta, weight = arguments(3, 256, "bfloat16")
+    stacked = jnp.stack([weight + 1, weight, weight - 1])
+    got = add_rms_norm(x, delta, stacked, eps=EPS, layer=1, implementation=implementation)
+    check(got, (x, delta, weight))
+    for one, other in zip(got, add_rms_norm(x, delta, weight, eps=EPS, implementation=implementation), strict=True):
+        assert jnp.array_equal(one, other)
+
+
 @needs_mosaic
 @pytest.mark.parametrize(("warpgroups", "tokens", "size"), [(1, 4, 384), (2, 2, 1024), (3, 1, 768), (4, 4, 512)])
 def test_configs(warpgroups: int, tokens: int, size: int):
@@ -103,5 +113,9 @@ def test_wrong_arguments():
         add_rms_norm(x, delta.astype(jnp.float32), weight, eps=EPS)
     with pytest.raises(ValueError, match=r"weight has shape \[64\]; wanted \[128\]"):
         add_rms_norm(x, delta, weight[:64], eps=EPS)
+    with pytest.raises(ValueError, match=r"weight has shape \[128\]; wanted \[\?, 128\]"):
+        add_rms_norm(x, delta, weight, eps=EPS, layer=0)
+    with pytest.raises(ValueError, match=r"layer has shape \[2\]; wanted \[\]"):
+        add_rms_norm(x, delta, weight[None], eps=EPS, layer=np.zeros(2, np.int32))
     with pytest.raises(ValueError, match="weight has dtype int32"):
         add_rms_norm(x, delta, weight.astype(jnp.int32), eps=EPS)

@@ -61,13 +61,26 @@ def test_gated_kernel(columns: int, cluster: int, dtype):
 
 
 @needs_mosaic
+@pytest.mark.parametrize(("rows", "columns"), [(8, 64), (24, 96), (48, 128), (64, 192)])
+def test_few_rows(rows: int, columns: int):
+    """One warpgroup, whose rows beyond those that are there hold anything."""
+    from pallas_kernels.matmul import mosaic_gpu
+
+    x, w = operands(rows, DEPTH, 384, jnp.bfloat16)
+    check(mosaic_gpu.matmul(x, w, mosaic_gpu.Config(columns, 3), interpret=True), x, w, 2.0**-8)
+    if columns in (64, 128):
+        x, w = gated_operands(rows, DEPTH, 256, jnp.bfloat16)
+        check(mosaic_gpu.gated_matmul(x, w, mosaic_gpu.Config(columns, 3), interpret=True), x, w, 2.0**-8)
+
+
+@needs_mosaic
 @pytest.mark.parametrize(("rows", "ctas", "cluster"), [(320, 4, 1), (704, 6, 2), (704, 2, 2)])
 def test_several_tiles_a_cta(monkeypatch, rows: int, ctas: int, cluster: int):
     """Tiles are taken in groups of two, the last group is lower, a cluster's second tile is empty."""
     from pallas_kernels.matmul import mosaic_gpu
 
     monkeypatch.setattr(mosaic_gpu, "_CTAS", ctas)
-    monkeypatch.setattr(mosaic_gpu, "_GROUP_ROWS", 2 * mosaic_gpu.TILE_ROWS)
+    monkeypatch.setattr(mosaic_gpu, "_GROUP_ROWS", 4 * mosaic_gpu.WARPGROUP_ROWS)
     x, w = operands(rows, 128, 384, jnp.bfloat16)
     check(mosaic_gpu.matmul(x, w, mosaic_gpu.Config(128, 3, cluster), interpret=True), x, w, 2.0**-8)
 
@@ -84,7 +97,8 @@ def test_candidates_fit():
     assert sorted(found(320, 4096, 6144)) == sorted([*single, (128, 2), (192, 2), (256, 2)])
     assert found(64, 4096, 4096) == [(0, 1), (64, 1), (128, 1), (256, 1)]
     assert found(192, 4096, 11008, gated=True) == [(0, 1), (64, 1), (128, 1), (128, 2)]
-    assert found(96, 4096, 4096) == found(64, 4100, 4096) == [(0, 1)]
+    assert found(8, 4096, 4096) == found(48, 4096, 4096) == found(64, 4096, 4096)
+    assert found(96, 4096, 4096) == found(4, 4096, 4096) == found(64, 4100, 4096) == [(0, 1)]
 
 
 @needs_mosaic
@@ -118,7 +132,7 @@ def test_gated_xla(dtype):
 @needs_mosaic
 @pytest.mark.gpu
 @pytest.mark.skipif(tuning.device_kind() is None, reason="needs a GPU")
-@pytest.mark.parametrize("rows", [64, 320, 512, 2240])
+@pytest.mark.parametrize("rows", [8, 48, 64, 320, 512, 2240])
 def test_on_the_gpu(rows: int):
     from pallas_kernels.matmul import mosaic_gpu
 

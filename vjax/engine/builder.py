@@ -170,6 +170,7 @@ def build_runner(
         max_num_seqs=config.scheduler.max_num_seqs,
         platform=kind,
         pools=arch.pools,
+        num_layers=arch.num_layers if kind == "gpu" else 0,
     )
     step = Step(model, geometry, processors, thinking)
     step.check_logits_processors()

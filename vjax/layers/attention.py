@@ -74,13 +74,13 @@ class Attention(nnx.Module):
         hidden, kv_heads, slices, head_dim = self.qkv.shape
         dense = unsharded(meta.plan.implementation, self.mesh)
         qkv = matmul(x, self.qkv[...].reshape(hidden, -1), dense).reshape(num_tokens, kv_heads, slices, head_dim)
-        if "qkv_bias" in vectors:
-            qkv = qkv + vectors["qkv_bias"]
-        norms = (vectors["q_norm"], vectors["k_norm"]) if "q_norm" in vectors else None
-        scales = vectors.get("k_scale"), vectors.get("v_scale")
+        if "qkv_bias" in vectors.others:
+            qkv = qkv + vectors.others["qkv_bias"]
+        norms = (vectors.others["q_norm"], vectors.others["k_norm"]) if "q_norm" in vectors.others else None
+        scales = vectors.others.get("k_scale"), vectors.others.get("v_scale")
         out, kv = self._attend(qkv, norms, rope, kv, meta, scales)
         out = matmul(out.reshape(out.shape[0], -1), self.o[...].reshape(-1, hidden), dense)
-        return (out + vectors["o_bias"] if "o_bias" in vectors else out), kv
+        return (out + vectors.others["o_bias"] if "o_bias" in vectors.others else out), kv
 
     def _attend(
         self,

@@ -23,12 +23,12 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: jax.Array, vectors: LayerVectors, implementation: str) -> jax.Array:
         """x `[T, hidden]` -> `[T, hidden]`."""
-        if "gate_up_bias" in vectors:
+        if "gate_up_bias" in vectors.others:
             hidden, two, ffn = self.gate_up.shape
             gate_up = matmul(x, self.gate_up[...].reshape(hidden, two * ffn), implementation).reshape(-1, two, ffn)
-            gate_up = (gate_up + vectors["gate_up_bias"]).astype(jnp.float32)
+            gate_up = (gate_up + vectors.others["gate_up_bias"]).astype(jnp.float32)
             gated = (jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1]).astype(x.dtype)
         else:
             gated = pallas_kernels.gated_matmul(x, self.gate_up[...], implementation=implementation)
         out = matmul(gated, self.down[...], implementation)
-        return out + vectors["down_bias"] if "down_bias" in vectors else out
+        return out + vectors.others["down_bias"] if "down_bias" in vectors.others else out

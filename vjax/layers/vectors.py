@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from vjax.layers.param import param
 from vjax.models.arch import ArchConfig
 
-#: One layer's small parameters by name; those that the architecture lacks are absent.
-LayerVectors = dict[str, jax.Array]
+
+class LayerWeight(NamedTuple):
+    """One layer's row of a parameter of all layers, for kernels that find it themselves."""
+
+    #: `[L, ...]`.
+    of_layers: jax.Array
+    #: i32 `[]`.
+    layer: Any
+
+
+class LayerVectors(NamedTuple):
+    """One layer's small parameters."""
+
+    attention_norm: LayerWeight
+    mlp_norm: LayerWeight
+    #: The others by name; those that the architecture lacks are absent.
+    others: dict[str, jax.Array]
 
 
 class StackedVectors(nnx.Module):
@@ -45,5 +63,11 @@ class StackedVectors(nnx.Module):
             self.v_scale = param(rngs, shape, axes, jnp.float32, "ones")
 
     def layer(self, index: int) -> LayerVectors:
-        """The parameters of one layer, without the leading axis."""
-        return {name: jnp.asarray(value[index]) for name, value in nnx.to_pure_dict(nnx.state(self, nnx.Param)).items()}
+        """The parameters of one layer."""
+        of_layers = nnx.to_pure_dict(nnx.state(self, nnx.Param))
+        row = np.int32(index)
+        return LayerVectors(
+            attention_norm=LayerWeight(of_layers.pop("attention_norm"), row),
+            mlp_norm=LayerWeight(of_layers.pop("mlp_norm"), row),
+            others={name: jnp.asarray(value[index]) for name, value in of_layers.items()},
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,18 @@ from vjax.layers.vectors import LayerVectors, StackedVectors
 from vjax.models.arch import ArchConfig
 from vjax.models.weight_rules import WeightRule
 
-__all__ = ["AttentionMetadata", "DecoderLayer", "DecoderModel", "KVCache"]
+__all__ = ["Activations", "AttentionMetadata", "DecoderLayer", "DecoderModel", "KVCache"]
+
+
+class Activations(NamedTuple):
+    """What one layer leaves to the next."""
+
+    #: `[T, hidden]`: the residual stream.
+    x: jax.Array
+    #: `[T, hidden]`: the next layer's norm of it.
+    normed: jax.Array
+    #: cos and sin f32 `[T, head_dim / 2]`, the same for all layers.
+    rope: tuple[jax.Array, jax.Array]
 
 
 class DecoderLayer(nnx.Module):
@@ -54,7 +65,7 @@ class DecoderLayer(nnx.Module):
         if meta.queries is not None:
             x = x[meta.queries]
         dense = unsharded(meta.plan.implementation, self.mesh)
-        x, normed = add_rms_norm(x, out, vectors["mlp_norm"], self.rms_norm_eps, implementation=dense)
+        x, normed = add_rms_norm(x, out, vectors.mlp_norm, self.rms_norm_eps, implementation=dense)
         return x, self.mlp(normed, vectors, dense), kv
 
 
@@ -106,6 +117,47 @@ class DecoderModel(nnx.Module):
             self.score_hidden = param(rngs, (arch.hidden_size, arch.hidden_size), (None, "embed"), dtype)
             self.score_hidden_bias = param(rngs, (arch.hidden_size,), (None,), dtype)
 
+    def begin(self, token_ids: jax.Array, meta: AttentionMetadata) -> Activations:
+        """token_ids i32 `[T]` -> what the first layer takes."""
+        rope = rope_cos_sin(meta.positions, self.arch.rope, self.arch.head_dim)
+        x = embed_tokens(self.embed[...], token_ids)
+        normed = rms_norm(x, self.vectors.attention_norm[0], self.arch.rms_norm_eps)
+        return Activations(x, normed, rope)
+
+    def run_layers(
+        self,
+        activations: Activations,
+        kv: tuple[KVCache, ...],
+        meta: AttentionMetadata,
+        last_meta: AttentionMetadata | None = None,
+        *,
+        first: int = 0,
+    ) -> tuple[Activations, tuple[KVCache, ...]]:
+        """Runs as many layers as there are caches, from layer `first` on, and returns what the next layer takes. Behind
+        the last one that is x alone, the hidden states before the final norm, and `normed` is x as well.
+
+        Args:
+            last_meta: For the last layer instead of `meta`. Nothing reads what it gives for other tokens than those
+                that logits are wanted of: with `queries` it computes, and the result is, theirs alone, `[Q, hidden]`.
+        """
+        x, normed, rope = activations
+        updated = []
+        for index, layer_kv in enumerate(kv, first):
+            is_last = index + 1 == len(self.layers)
+            layer_meta = last_meta if is_last and last_meta is not None else meta
+            vectors = self.vectors.layer(index)
+            x, delta, layer_kv = _run_layer(
+                *nnx.split(self.layers[index]), x, normed, vectors, layer_kv, rope, layer_meta
+            )
+            updated.append(layer_kv)
+            if is_last:
+                x = normed = x + delta
+            else:
+                weight, eps = self.vectors.layer(index + 1).attention_norm, self.arch.rms_norm_eps
+                dense = unsharded(meta.plan.implementation, self.mesh)
+                x, normed = add_rms_norm(x, delta, weight, eps, implementation=dense)
+        return Activations(x, normed, rope), tuple(updated)
+
     def __call__(
         self,
         token_ids: jax.Array,
@@ -113,29 +165,10 @@ class DecoderModel(nnx.Module):
         meta: AttentionMetadata,
         last_meta: AttentionMetadata | None = None,
     ) -> tuple[jax.Array, tuple[KVCache, ...]]:
-        """token_ids i32 `[T]` -> hidden states `[T, hidden]` before the final norm, and the caches, one per layer.
-
-        Args:
-            last_meta: For the last layer instead of `meta`. Nothing reads what it gives for other tokens than those
-                that logits are wanted of: with `queries` it computes, and the result is, theirs alone, `[Q, hidden]`.
-        """
-        rope = rope_cos_sin(meta.positions, self.arch.rope, self.arch.head_dim)
-        x = embed_tokens(self.embed[...], token_ids)
-        vectors = [self.vectors.layer(index) for index in range(len(self.layers))]
-        normed = rms_norm(x, vectors[0]["attention_norm"], self.arch.rms_norm_eps)
-        updated = []
-        for index, (layer, layer_kv) in enumerate(zip(self.layers, kv, strict=True)):
-            is_last = index + 1 == len(self.layers)
-            layer_meta = last_meta if is_last and last_meta is not None else meta
-            x, delta, layer_kv = _run_layer(*nnx.split(layer), x, normed, vectors[index], layer_kv, rope, layer_meta)
-            updated.append(layer_kv)
-            if is_last:
-                x = x + delta
-            else:
-                weight, eps = vectors[index + 1]["attention_norm"], self.arch.rms_norm_eps
-                dense = unsharded(meta.plan.implementation, self.mesh)
-                x, normed = add_rms_norm(x, delta, weight, eps, implementation=dense)
-        return x, tuple(updated)
+        """token_ids i32 `[T]` -> hidden states `[T, hidden]` before the final norm, and the caches, one per layer; see
+        `run_layers`."""
+        activations, kv = self.run_layers(self.begin(token_ids, meta), kv, meta, last_meta)
+        return activations.x, kv
 
     def final_norm(self, hidden: jax.Array) -> jax.Array:
         """hidden `[R, hidden]` -> `[R, hidden]`."""

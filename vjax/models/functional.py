@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from vjax.models.arch import ArchConfig
-from vjax.models.decoder import AttentionMetadata, KVCache
+from vjax.models.decoder import Activations, AttentionMetadata, KVCache
 from vjax.models.registry import get_model_class
 from vjax.models.weight_rules import POOLING_HEAD_RULES, WeightRule
 
@@ -80,6 +80,34 @@ class FunctionalModel:
         """
         return self._merge(leaves)(token_ids, kv, meta, last_meta)
 
+    def begin(
+        self, leaves: tuple[jax.Array, ...], token_ids: jax.Array, meta: AttentionMetadata, *, num_layers: int
+    ) -> Activations:
+        """`leaves_of` the first layers, token_ids i32 `[T]` -> what the first layer takes."""
+        return self._merge_named(self.layer_leaf_names(0, num_layers), leaves).begin(token_ids, meta)
+
+    def run_layers(
+        self,
+        leaves: tuple[jax.Array, ...],
+        activations: Activations,
+        kv: tuple[KVCache, ...],
+        meta: AttentionMetadata,
+        last_meta: AttentionMetadata | None = None,
+        *,
+        first: int = 0,
+    ) -> tuple[Activations, tuple[KVCache, ...]]:
+        """Some of `forward`'s layers, as many as there are caches, from layer `first` on, with the leaves of these."""
+        model = self._merge_named(self.layer_leaf_names(first, len(kv)), leaves)
+        return model.run_layers(activations, kv, meta, last_meta, first=first)
+
+    def layer_leaf_names(self, first: int, count: int) -> tuple[str, ...]:
+        """The leaves of `count` layers from `first` on, and those that belong to no layer."""
+        return tuple(name for name in self.leaf_names if _layer_of(name) in (None, *range(first, first + count)))
+
+    def layer_leaves(self, leaves: tuple[jax.Array, ...], first: int, count: int) -> tuple[jax.Array, ...]:
+        """Those of all leaves that `layer_leaf_names` names, in its order."""
+        return self._pick(leaves, self.layer_leaf_names(first, count))
+
     def logits(self, head_leaves: tuple[jax.Array, ...], hidden: jax.Array) -> jax.Array:
         """Leaves of `head_leaf_names`, hidden `[R, hidden]` from `forward` -> final norm, head: f32 `[R, vocab]`."""
         model = self._head(head_leaves)
@@ -93,15 +121,22 @@ class FunctionalModel:
 
     def head_leaves(self, leaves: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """Those of all leaves that `logits` or `pooled_values` takes, in its order."""
-        return tuple(leaves[self.leaf_names.index(name)] for name in self.head_leaf_names)
+        return self._pick(leaves, self.head_leaf_names)
 
     def module(self, leaves: tuple[jax.Array, ...]) -> Any:
         """The Flax module with these leaves as its parameters."""
         return self._merge(leaves)
 
     def _head(self, head_leaves: tuple[jax.Array, ...]) -> Any:
-        given = dict(zip(self.head_leaf_names, head_leaves, strict=True))
-        # The other leaves stay abstract: the head does not touch them.
+        return self._merge_named(self.head_leaf_names, head_leaves)
+
+    def _pick(self, leaves: tuple[jax.Array, ...], names: tuple[str, ...]) -> tuple[jax.Array, ...]:
+        given = dict(zip(self.leaf_names, leaves, strict=True))
+        return tuple(given[name] for name in names)
+
+    def _merge_named(self, names: tuple[str, ...], leaves: tuple[Any, ...]) -> Any:
+        """The module with these leaves; the others stay abstract, and nothing may touch them."""
+        given = dict(zip(names, leaves, strict=True))
         return self._merge(tuple(given.get(name, self.leaf_specs[name]) for name in self.leaf_names))
 
     def _merge(self, leaves: tuple[Any, ...]) -> Any:
@@ -121,6 +156,12 @@ def build_model(arch: ArchConfig, dtype, mesh: Mesh | None = None, *, kv_scales:
         ModelLoadError: The architecture is not supported.
     """
     return FunctionalModel(arch, dtype, mesh, kv_scales)
+
+
+def _layer_of(name: str) -> int | None:
+    """Of a leaf, by its name."""
+    prefix, _, rest = name.partition(".")
+    return int(rest.partition(".")[0]) if prefix == "layers" else None
 
 
 def _leaf_name(path: tuple[Any, ...]) -> str:

@@ -7,6 +7,7 @@ chunks after decode rows). `sample` has one family, by the number of rows that n
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 # Dense where padding costs: 1,024 rows take 6 ms more than 768, while 32 rows take as long as 16.
@@ -19,6 +20,10 @@ _GPU_SAMPLE = (1, 8, 32, 64, 128, 256, 384, 512, 768, 1024)
 _CPU_DECODE = (4, 16, 64, 256, 1024)
 _CPU_MIXED = (16, 64, 256, 1024, 4096)
 _CPU_SAMPLE = (4, 16, 64, 256, 1024)
+#: Of mixed buckets with an opening: more tokens keep the device busy for so long that their start does not count.
+_MAX_OPENED_TOKENS = 8192
+#: Layers x tokens of an opening: on an H200 as long as the host takes to dispatch the layers behind it.
+_OPENED = 4096
 
 
 @dataclass(frozen=True, order=True)
@@ -30,6 +35,9 @@ class ForwardBucket:
     decode_only: bool
     #: The executable also returns the hidden state of every token, for log probabilities of prompts and for pooling.
     keeps_hidden: bool = False
+    #: Layers that run in a program of their own, dispatched before this one's: an idle device works on them while the
+    #: host dispatches the others.
+    opening: int = 0
 
     @property
     def selects_last(self) -> bool:
@@ -51,6 +59,19 @@ def _sizes(preferred: tuple[int, ...], largest: int) -> tuple[int, ...]:
     return (*sizes, largest)
 
 
+def _opening(num_tokens: int, num_layers: int) -> int:
+    """Layers of the opening, at most a quarter of all."""
+    if num_tokens > _MAX_OPENED_TOKENS:
+        return 0
+    return min(max(_OPENED // num_tokens, 1), num_layers // 4)
+
+
+def _first_of_their_tokens(shapes: list[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], bool]]:
+    """Each shape, and whether it is the first with its number of tokens: the one that a single prompt takes."""
+    for index, shape in enumerate(shapes):
+        yield shape, index == 0 or shapes[index - 1][0] != shape[0]
+
+
 @dataclass(frozen=True)
 class Buckets:
     """All shapes that an engine can run, each family in rising order."""
@@ -60,11 +81,20 @@ class Buckets:
     sample: tuple[int, ...]
 
     @classmethod
-    def build(cls, *, max_num_batched_tokens: int, max_num_seqs: int, platform: str, pools: bool = False) -> Buckets:
+    def build(
+        cls,
+        *,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+        platform: str,
+        pools: bool = False,
+        num_layers: int = 0,
+    ) -> Buckets:
         """Buckets that cover every step of at most `max_num_batched_tokens` tokens and `max_num_seqs` sequences.
 
         Args:
             pools: For a model that pools: forwards keep hidden states, nothing is sampled, and there is no decoding.
+            num_layers: Of the model, where mixed buckets may have openings: on one GPU. 0: nowhere.
         """
         gpu = platform == "gpu"
         decode = _sizes(_GPU_DECODE if gpu else _CPU_DECODE, max_num_seqs)
@@ -76,7 +106,10 @@ class Buckets:
             shapes |= {(n, num_seqs) for n, num_seqs in _GPU_FEW_SEQS if n in mixed and num_seqs < max_num_seqs}
         return cls(
             decode=tuple(ForwardBucket(n, n, True) for n in decode),
-            mixed=tuple(ForwardBucket(n, num_seqs, False) for n, num_seqs in sorted(shapes)),
+            mixed=tuple(
+                ForwardBucket(n, num_seqs, False, opening=_opening(n, num_layers) if is_first else 0)
+                for (n, num_seqs), is_first in _first_of_their_tokens(sorted(shapes))
+            ),
             sample=_sizes(_GPU_SAMPLE if gpu else _CPU_SAMPLE, max_num_seqs),
         )
 

@@ -15,14 +15,17 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
+import pallas_kernels
 from vjax.log import logger, warning_once
 from vjax.runner.buckets import Buckets, ForwardBucket
 from vjax.runner.exported import import_program
 from vjax.runner.kernels import KernelCompiler, kernels_of
 from vjax.runner.programs import (
     Key,
+    OpeningBucket,
     PoolBucket,
     SampleBucket,
     ScoreBucket,
@@ -40,11 +43,6 @@ log = logger(__name__)
 # XLA recomputes cheap ops once arguments and temporaries pass about 80% of the device's memory, which a full KV cache
 # always does; with that the largest prefill bucket grew from 434 to 595 kernels.
 _GPU_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
-#: From here on cuBLAS is no slower than XLA's own products (steps of 64 and 256 rows took 7.0 and 15.5 to 16.2 ms with
-#: it, 7.1 to 7.2 and 16.2 to 16.9 with those), and trying those out is most of a program's compilation.
-_LEAST_CUBLAS_ROWS = 64
-#: The first 16 algorithms that cuBLAS proposes, and their results not compared: 32 instead of 40 s to compile the step.
-_AUTOTUNING = {"xla_gpu_autotune_level": 1, "xla_gpu_blas_max_algorithms": 16}
 
 _DEFAULT_THREADS = max(1, min(8, (os.cpu_count() or 1) // 2))
 
@@ -84,7 +82,13 @@ class Executables:
     def forward_for(self, num_tokens: int, num_seqs: int, *, keeps_hidden: bool = False) -> tuple[ForwardBucket, Any]:
         """The tightest bucket for a step, and its executable or the one that keeps hidden states."""
         bucket = self.buckets.forward_bucket(num_tokens, num_seqs)
-        return bucket, self._serve(replace(bucket, keeps_hidden=True) if keeps_hidden else bucket)
+        if keeps_hidden:
+            bucket = replace(bucket, keeps_hidden=True, opening=0)
+        return bucket, self._serve(bucket)
+
+    def opening_of(self, bucket: ForwardBucket) -> Any:
+        """The executable of the layers that a bucket with an opening begins with."""
+        return self._serve(OpeningBucket(bucket))
 
     def score_for(self, num_tokens: int, *, with_all: bool) -> Any:
         """The executable that scores prompt tokens of a forward of `num_tokens`."""
@@ -180,7 +184,8 @@ class Executables:
 
     def lower(self, key: Key, data: bytes | None = None) -> Any:
         """The lowered (not yet compiled) program of `key`, from its exported form if that is given."""
-        program = make_program(self.step, key, self.mesh)
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            program = make_program(self.step, key, self.mesh)
         if data is not None:
             try:
                 return lower(import_program(program, data, self.step.geometry.implementation), self.mesh)
@@ -196,10 +201,12 @@ def _gpu_options(key: Key) -> dict[str, str | bool | int]:
     rows = 0
     if isinstance(key, ForwardBucket):
         rows = key.num_tokens
+    elif isinstance(key, OpeningBucket):
+        rows = key.forward.num_tokens
     elif isinstance(key, SampleBucket):
         rows = key.num_rows
     elif isinstance(key, ScoreBucket):
         rows = SCORED_TOKENS
     elif isinstance(key, PoolBucket):
         rows = POOLED_VECTORS
-    return _GPU_OPTIONS | _AUTOTUNING | {"xla_gpu_enable_triton_gemm": rows < _LEAST_CUBLAS_ROWS}
+    return _GPU_OPTIONS | pallas_kernels.product_options(rows)

@@ -108,7 +108,8 @@ def _jax_options() -> tuple[tuple[str, Any], ...]:
 
 def export_program(description: StepDescription, step: Step, key: Key) -> bytes:
     """Lowers a program of `step`, made from `description`."""
-    program = make_program(step, key, mesh=None)
+    with jax.sharding.use_abstract_mesh(description.mesh):
+        program = make_program(step, key, mesh=None)
     specs, structure = jax.tree.flatten(program.arguments)
     result: Any = None
 

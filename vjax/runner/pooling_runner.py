@@ -50,13 +50,13 @@ class PoolingRunner(ModelRunner):
         """
         assert fill_mask is None and scheduled.pooled is not None, scheduled
         bucket, forward = self.executables.forward_for(scheduled.num_tokens, len(scheduled.rows))
-        layout = self._layouts[bucket]
+        layout = self.step.layout(bucket)
         fits = layout.fits(scheduled)
         packed = layout.pack(scheduled, with_updates=fits)
         pooled = scheduled.pooled
         try:
             self._write_ahead(scheduled, fits)
-            self._kv, self._rows, done, hidden = forward(self._leaves, self._kv, self._rows, packed)
+            done, hidden = self._forward(bucket, forward, packed)
             vectors = self._pool(hidden, np.array(pooled.indices, np.int32), sums=False)
             sums = self._pool(hidden, np.array([pooled.starts, pooled.ends], np.int32), sums=True)
         except EngineStepError:

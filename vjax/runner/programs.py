@@ -63,8 +63,19 @@ class PoolBucket:
         return f"pool{'_sums' if self.sums else ''}[{self.num_tokens}]"
 
 
+@dataclass(frozen=True)
+class OpeningBucket:
+    """Shape of the executable of a forward's first layers."""
+
+    forward: ForwardBucket
+
+    @property
+    def name(self) -> str:
+        return f"opening_{self.forward.name}"
+
+
 #: A bucket, "write_rows", "write_masked_ids" or "write_processors".
-Key = ForwardBucket | SampleBucket | ScoreBucket | PoolBucket | str
+Key = ForwardBucket | OpeningBucket | SampleBucket | ScoreBucket | PoolBucket | str
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +116,9 @@ def all_keys(buckets: Buckets) -> list[Key]:
     if not buckets.sample:  # a model that pools
         pools = [PoolBucket(bucket.num_tokens, sums) for bucket in buckets.mixed[::-1] for sums in (True, False)]
         return [*buckets.mixed[::-1], *pools, "write_rows"]
-    return [*greedy, *buckets.mixed[::-1], *buckets.decode[::-1], *(k for k in samples if k not in greedy), *UPDATES]
+    openings = [OpeningBucket(bucket) for bucket in buckets.mixed[::-1] if bucket.opening]
+    forwards = [*buckets.mixed[::-1], *buckets.decode[::-1], *openings]
+    return [*greedy, *forwards, *(k for k in samples if k not in greedy), *UPDATES]
 
 
 #: What carries row writes that a step's own buffer cannot.
@@ -128,13 +141,28 @@ def make_program(step: Step, key: Key, mesh: Mesh | None) -> Program:
 
     rows = jax.tree.map(lambda s: placed(s, (None,) * len(s.shape)), step.row_specs())
     processors = jax.tree.map(lambda s: placed(s, (None, None)), step.processor_specs())
+    caches = jax.tree.map(lambda s: placed(s, (None, "kv_heads", None, None)), step.kv_specs())
     if isinstance(key, ForwardBucket):
 
-        def forward(leaves, kv, rows, packed):
-            return step.forward(key, leaves, kv, rows, packed)
+        def forward(leaves, kv, rows, given):
+            return step.forward(key, leaves, kv, rows, given)
 
-        kv = jax.tree.map(lambda s: placed(s, (None, "kv_heads", None, None)), step.kv_specs())
-        return Program("forward", forward, (1, 2), (leaves(model.leaf_names), kv, rows, buffer(step.layout(key).size)))
+        if key.opening:
+            given = jax.tree.map(lambda s: placed(s, (None,) * len(s.shape)), step.opened_specs(key))
+        else:
+            given = buffer(step.layout(key).size)
+        kv = caches[key.opening :]
+        names = model.layer_leaf_names(key.opening, len(kv))
+        return Program("forward", forward, (1, 2), (leaves(names), kv, rows, given))
+    if isinstance(key, OpeningBucket):
+        bucket = key.forward
+
+        def opening(leaves, kv, rows, packed):
+            return step.opening(bucket, leaves, kv, rows, packed)
+
+        kv, names = caches[: bucket.opening], model.layer_leaf_names(0, bucket.opening)
+        arguments = (leaves(names), kv, rows, buffer(step.layout(bucket).size))
+        return Program("opening", opening, (1, 2), arguments)
     if isinstance(key, SampleBucket):
         head_leaves = leaves(model.head_leaf_names)
         if key.features:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
 from typing import Any
@@ -23,7 +23,7 @@ from vjax.runner.buckets import ForwardBucket
 from vjax.runner.executables import Executables
 from vjax.runner.memory import allocate, room_for_small_arrays
 from vjax.runner.packing import UpdateLayout, has_processor_state
-from vjax.runner.programs import SampleBucket, ScoreBucket
+from vjax.runner.programs import OpeningBucket, SampleBucket, ScoreBucket
 from vjax.runner.rows import MAX_MASKED_IDS
 from vjax.runner.step import SCORED_TOKENS, LogprobsLayout
 from vjax.runner.weights import Weights
@@ -126,10 +126,11 @@ class ModelRunner:
         self.weights = Weights(step.model, leaves, self.mesh, load)
         self._leaves: tuple[jax.Array, ...] = ()
         self._head: tuple[jax.Array, ...] = ()
+        #: By layers of an opening: the leaves that it and its forward take.
+        self._parts: dict[int, tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]] = {}
         self.use_weights()
         # What each row asks of the sample program: its variant, and its features above that; row 0 never samples.
         self._row_code = [0] * (step.geometry.max_num_seqs + 1)
-        buckets = executables.buckets
         self._kv: Any = None
         self._rows: Any = None
         self.walls: list[jax.Array] = []
@@ -137,13 +138,24 @@ class ModelRunner:
         self._processors: Any = None
         #: Of steps, oldest first: one is written again when it has been read.
         self._masks: deque[StepMask] = deque()
-        self._layouts = {b: step.layout(b) for b in (*buckets.decode, *buckets.mixed)}
         self.reset()
 
     def use_weights(self) -> None:
         """Steps run with the leaves that are in `weights` now."""
         self._leaves = self.weights.leaves() if self.weights.are_on_device else ()
         self._head = self.step.model.head_leaves(self._leaves) if self._leaves else ()
+        self._parts = {
+            n: self._cut_leaves(n) for n in {bucket.opening for bucket in self.executables.buckets.mixed} - {0}
+        }
+
+    def _cut_leaves(self, num_opened: int) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+        """The leaves of an opening of so many layers, and those of the layers behind it."""
+        model = self.step.model
+        if not self._leaves:
+            return (), ()
+        num_others = model.arch.num_layers - num_opened
+        first, others = (0, num_opened), (num_opened, num_others)
+        return model.layer_leaves(self._leaves, *first), model.layer_leaves(self._leaves, *others)
 
     def reset(self) -> None:
         """Allocates an empty KV cache and empty rows; what was there is gone, whoever still refers to it."""
@@ -231,7 +243,7 @@ class ModelRunner:
         bucket, forward = self.executables.forward_for(
             scheduled.num_tokens, len(scheduled.rows), keeps_hidden=bool(scheduled.scored_indices)
         )
-        layout = self._layouts[bucket]
+        layout = self.step.layout(bucket)
         fits = layout.fits(scheduled)
         packed = layout.pack(scheduled, with_updates=fits)
         variant, features = self._track_rows(scheduled)
@@ -240,7 +252,7 @@ class ModelRunner:
             sampling = self.executables.sample_for(scheduled.num_sampled, variant, features)
         try:
             self._write_ahead(scheduled, fits)
-            self._kv, self._rows, done, *hidden = forward(self._leaves, self._kv, self._rows, packed)
+            done, *hidden = self._forward(bucket, forward, packed)
             scores = self._score(scheduled, hidden[0]) if hidden else []
             tokens, all_logprobs = None, []
             if sampling is not None:
@@ -270,6 +282,7 @@ class ModelRunner:
         self.executables.shutdown()
         self.weights.delete()
         self._leaves = self._head = ()
+        self._parts = {}
         self._free_cache()
         self._free_walls()
 
@@ -316,6 +329,19 @@ class ModelRunner:
             raise EngineStepError(f"the mask of a step could not be filled: {type(e).__name__}: {e}") from e
         return mask
 
+    def _forward(self, bucket: ForwardBucket, forward: Any, packed: np.ndarray) -> list[jax.Array]:
+        """Dispatches a forward, its opening first, and returns what it gives beside the caches and rows."""
+        num_opened = bucket.opening
+        if not num_opened:
+            self._kv, self._rows, *others = forward(self._leaves, self._kv, self._rows, packed)
+            return others
+        first_leaves, other_leaves = self._parts[num_opened]
+        opening = self.executables.opening_of(bucket)
+        first_kv, self._rows, opened = opening(first_leaves, self._kv[:num_opened], self._rows, packed)
+        other_kv, self._rows, *others = forward(other_leaves, self._kv[num_opened:], self._rows, opened)
+        self._kv = (*first_kv, *other_kv)
+        return others
+
     def _score(self, scheduled: SchedulerOutput, hidden: jax.Array) -> list[Scores]:
         layout = self.step.logprobs_layout
         with_all = not 0 <= scheduled.scored_num_top <= layout.num_top
@@ -352,9 +378,10 @@ class ModelRunner:
         return self._processors
 
     def _run_empty(self, key: Any, compiled: Any) -> None:
-        if key in self._layouts:
-            packed = self._layouts[key].pack(SchedulerOutput(step_id=-1))
-            self._kv, self._rows, *_ = compiled(self._leaves, self._kv, self._rows, packed)
+        if isinstance(key, ForwardBucket):
+            self._forward(key, compiled, self.step.layout(key).pack(SchedulerOutput(step_id=-1)))
+        elif isinstance(key, OpeningBucket):
+            pass  # runs with its forward
         elif key == "write_rows":
             self._rows = compiled(self._rows, np.zeros(UpdateLayout().size, np.int32))
         elif key == "write_masked_ids":
@@ -362,9 +389,6 @@ class ModelRunner:
         elif key == "write_processors":
             buffer = np.zeros(self.step.processor_layout.size, np.int32)
             self._processors = compiled(self._processor_state(), buffer)
-        elif isinstance(key, ForwardBucket):
-            packed = self._layouts[replace(key, keeps_hidden=False)].pack(SchedulerOutput(step_id=-1))
-            self._kv, self._rows, *_ = compiled(self._leaves, self._kv, self._rows, packed)
         elif isinstance(key, ScoreBucket):
             arch = self.step.model.arch
             hidden = np.zeros((key.num_tokens, arch.hidden_size), self.step.model.dtype)

@@ -1,6 +1,7 @@
 """The two functions that the device runs, as pure functions of arrays: `forward` and `sample`.
 
     forward(leaves, kv, rows, packed) -> (kv, rows, done)      bucketed by tokens
+    opening(leaves, kv, rows, packed) -> (kv, rows, opened)    first layers of a forward that then takes `opened`
     sample(head_leaves, rows)         -> (rows, token_ids [R]) bucketed by rows and variant
     sample_with_features(head_leaves, rows, processors, mask?) -> (rows, packed result), for requests that ask for more
     score(head_leaves, hidden, packed) -> packed result, log probabilities of a prompt
@@ -26,7 +27,7 @@ from vjax.config.engine_config import DEFAULT_MAX_LOGPROBS
 from vjax.errors import ConfigError
 from vjax.logits_processor import LogitsProcessor, num_columns
 from vjax.messages import StepLogprobs, mask_width
-from vjax.models.decoder import AttentionMetadata
+from vjax.models.decoder import Activations, AttentionMetadata
 from vjax.models.functional import FunctionalModel
 from vjax.runner.buckets import ForwardBucket
 from vjax.runner.packing import HAS_ALLOWED_IDS, HAS_PROCESSOR_STATE, PackedLayout, UpdateLayout
@@ -70,6 +71,25 @@ class StepGeometry:
     implementation: str
     max_logprobs: int = DEFAULT_MAX_LOGPROBS
     logprobs_mode: str = "raw_logprobs"
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Opened:
+    """A forward whose first layers have run, none or an opening's.
+
+    Attributes:
+        activations: What the next layer takes.
+        meta, last_meta: As `FunctionalModel.forward` takes them.
+        last_token_index: i32 [num_seqs], of each sequence in the flat batch.
+        num_tokens: i32 [], that count in the flat batch.
+    """
+
+    activations: Activations
+    meta: AttentionMetadata
+    last_meta: AttentionMetadata | None
+    last_token_index: jax.Array
+    num_tokens: jax.Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +139,12 @@ class Step:
     def layout(self, bucket: ForwardBucket) -> PackedLayout:
         return PackedLayout.for_bucket(bucket, self.geometry.block_size)
 
+    def opened_specs(self, bucket: ForwardBucket) -> Opened:
+        """What the opening of a bucket leaves: as much as is there before the first layer."""
+        leaves = tuple(self.model.leaf_specs[name] for name in self.model.layer_leaf_names(0, bucket.opening))
+        packed = jax.ShapeDtypeStruct((self.layout(bucket).size,), jnp.int32)
+        return jax.eval_shape(partial(self._begin, bucket), leaves, self.row_specs(), packed)[1]
+
     def least_bytes_read(self, num_keys: int) -> dict[str, int]:
         """Bytes that a decode step over num_keys keys has to read: "weights" (an embedding table only if it is the head
         too) and "KV cache"."""
@@ -132,13 +158,44 @@ class Step:
 
     # ---- functions ----------------------------------------------------------------------------------------------
 
-    def forward(self, bucket: ForwardBucket, leaves: tuple, kv: KVCache, rows: RowState, packed: jax.Array):
+    def forward(self, bucket: ForwardBucket, leaves: tuple, kv: KVCache, rows: RowState, given: jax.Array | Opened):
         """Computes the KV of every token of the flat batch and leaves in `rows.hidden` what the sampling rows need.
+
+        Args:
+            leaves, kv: Of a bucket with an opening those of the layers behind it.
+            given: The packed step, or what the opening left.
 
         Returns:
             kv and rows, updated in place, and a tiny array that is ready when the step has run; if the bucket keeps
             them, the hidden states [num_tokens, hidden] as well.
         """
+        if isinstance(given, Opened):
+            opened = given
+        else:
+            rows, opened = self._begin(bucket, leaves, rows, given)
+        activations, kv = self.model.run_layers(
+            leaves, opened.activations, kv, opened.meta, opened.last_meta, first=bucket.opening
+        )
+        hidden = activations.x
+        selected = hidden if bucket.selects_last else hidden[opened.last_token_index]
+        rows = rows.replace(hidden=jax.lax.dynamic_update_slice(rows.hidden, selected, (0, 0)))
+        done = opened.num_tokens + 0
+        return (kv, rows, done, hidden) if bucket.keeps_hidden else (kv, rows, done)
+
+    def opening(self, bucket: ForwardBucket, leaves: tuple, kv: KVCache, rows: RowState, packed: jax.Array):
+        """The first `bucket.opening` layers, whose leaves and caches these are, and all that comes before them.
+
+        Returns:
+            kv and rows, updated in place, and what `forward` goes on with.
+        """
+        rows, opened = self._begin(bucket, leaves, rows, packed)
+        activations, kv = self.model.run_layers(leaves, opened.activations, kv, opened.meta)
+        return kv, rows, replace(opened, activations=activations)
+
+    def _begin(
+        self, bucket: ForwardBucket, leaves: tuple, rows: RowState, packed: jax.Array
+    ) -> tuple[RowState, Opened]:
+        """All that comes before the first layer, and what is known before it of the rows after the step."""
         layout = self.layout(bucket)
         batch = layout.unpack(packed)
         rows = apply_updates(rows, batch.updates)
@@ -155,10 +212,10 @@ class Step:
             plan = self._plan_last(rows, seq_rows, sampled_lens, batch.num_sampled)
             last_meta = replace(meta, plan=plan, queries=last_token_index)
 
-        hidden, kv = self.model.forward(leaves, token_ids, kv, meta, last_meta)
+        num_layers = bucket.opening or self.model.arch.num_layers
+        activations = self.model.begin(leaves, token_ids, meta, num_layers=num_layers)
 
         num_rows = rows.num_computed.shape[0]
-        selected = hidden if bucket.selects_last else hidden[last_token_index]
         sampled = jnp.where(jnp.arange(layout.num_seqs) < batch.num_sampled, seq_rows, 0)
         # Nothing of an earlier step stays: a sample program may read more rows than this bucket has, and a row left
         # there would get that step's token again.
@@ -169,10 +226,8 @@ class Step:
             block_tokens=block_tokens.reshape(rows.block_tokens.shape),
             num_computed=rows.num_computed.at[jnp.where(in_batch, seq_rows, num_rows)].set(kv_lens, mode="drop"),
             sampled_rows=sampled_rows,
-            hidden=jax.lax.dynamic_update_slice(rows.hidden, selected, (0, 0)),
         )
-        done = batch.num_tokens + 0
-        return (kv, rows, done, hidden) if bucket.keeps_hidden else (kv, rows, done)
+        return rows, Opened(activations, meta, last_meta, last_token_index, batch.num_tokens)
 
     def _metadata(self, bucket: ForwardBucket, batch, rows: RowState, seq_rows, start, kv_lens):
         """Positions, slots and the attention plan of the flat batch, and its token ids."""
