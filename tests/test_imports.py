@@ -39,9 +39,16 @@ ALLOWED: dict[str, set[str]] = {
     "weights": {"layers", "models", "parallel"},
     **{leaf: set() for leaf in LEAVES},
 }
-#: Packages that call kernels; the four modules ask pallas_kernels for an implementation, its runtime, and a plan.
+#: Packages that call kernels.
 USE_KERNELS = {"layers", "sample", "quant", "lora"}
-PLAN_KERNELS = {"vjax.cli.collect_env", "vjax.engine.builder", "vjax.runner.exported", "vjax.runner.step"}
+#: They ask which kernels there are, plan a step for them, or compile programs as these are tuned for.
+PLAN_KERNELS = {
+    "vjax.cli.collect_env",
+    "vjax.engine.builder",
+    "vjax.runner.executables",
+    "vjax.runner.exported",
+    "vjax.runner.step",
+}
 NO_JAX = LEAVES | {"benchmarks", "cli", "kv", "parsers", "plot", "scheduler", "structured", "text"}
 #: The only modules that read or set environment variables: the settings, and what JAX itself takes from there.
 #: Where torch may be imported, inside a function.

@@ -34,7 +34,7 @@ def start_lines(monkeypatch, tmp_path) -> Iterator[list[str]]:
     monkeypatch.setattr(platform, "lowered_cache_dir", lambda: tmp_path)
     monkeypatch.setattr(memory, "compile_threads", lambda device: 2)
     # JAX before 0.11, which has no GPU kernels, does not know all of them.
-    monkeypatch.setattr(executables, "_AUTOTUNING", {})
+    monkeypatch.setattr(executables, "product_options", lambda rows: {})
     said = logging.Handler()
     said.emit = lambda record: lines.append(record.getMessage())  # pyright: ignore[reportAttributeAccessIssue]
     builder.log.addHandler(said)
@@ -46,13 +46,13 @@ def test_everything_is_compiled_before_serving(start_lines):
     with LLM("vjax-tiny", **SMALL) as llm:
         expected = llm.generate(PROMPT, PARAMS, use_tqdm=False)[0].outputs[0].token_ids
         programs = llm.llm_engine._core.runner.executables
-        assert len(programs.ready()) == len(programs.all_keys()) == 7
+        assert len(programs.ready()) == len(programs.all_keys()) == 8
         assert llm.llm_engine.num_compilations_while_serving == 0
     with LLM("vjax-tiny", **SMALL) as llm:
         assert llm.generate(PROMPT, PARAMS, use_tqdm=False)[0].outputs[0].token_ids == expected
     first, second = [line for line in start_lines if line.startswith("start: weights")]
-    assert "7 lowered by" in first and "0 on disk" in first and "warm-up" in first
-    assert "7 lowered ones on disk" in second
+    assert "8 lowered by" in first and "0 on disk" in first and "warm-up" in first
+    assert "8 lowered ones on disk" in second
     assert not [line for line in start_lines if "worker process failed" in line]
 
 

@@ -83,7 +83,7 @@ class FunctionalModel:
     def begin(
         self, leaves: tuple[jax.Array, ...], token_ids: jax.Array, meta: AttentionMetadata, *, num_layers: int
     ) -> Activations:
-        """`leaves_of` the first layers, token_ids i32 `[T]` -> what the first layer takes."""
+        """The `layer_leaves` of the first layers, token_ids i32 `[T]` -> what the first layer takes."""
         return self._merge_named(self.layer_leaf_names(0, num_layers), leaves).begin(token_ids, meta)
 
     def run_layers(

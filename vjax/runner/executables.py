@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-import pallas_kernels
+from pallas_kernels import product_options
 from vjax.log import logger, warning_once
 from vjax.runner.buckets import Buckets, ForwardBucket
 from vjax.runner.exported import import_program
@@ -209,4 +209,4 @@ def _gpu_options(key: Key) -> dict[str, str | bool | int]:
         rows = SCORED_TOKENS
     elif isinstance(key, PoolBucket):
         rows = POOLED_VECTORS
-    return _GPU_OPTIONS | pallas_kernels.product_options(rows)
+    return _GPU_OPTIONS | product_options(rows)
